@@ -1,0 +1,111 @@
+"""Tall to small and back: the only code that touches tall matrices on the default step.
+
+Everything that Stiefel geometry needs lies in the span of a point x and a displacement u, so it is a
+computation on p x p matrices between two tall operations: `gram` (tall -> small) and `combine`
+(small -> tall). A *tall* argument is a list with one stack ``(b, n, p)`` per height n; small matrices of
+all heights form one batch ``(B, p, p)``, B the sum of the b, in the order of the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Tall = Sequence[Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+
+def identity_like(small: Tensor) -> Tensor:
+    """The p x p identity in the dtype and on the device of a small batch."""
+    return torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
+
+
+def sym(a: Tensor) -> Tensor:
+    """Symmetric part (a + a^T) / 2."""
+    return (a + a.mT) * 0.5
+
+
+def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None) -> Tensor:
+    """All products x^T y as one batch.
+
+    Args:
+        xs: stacks (b, n, p).
+        ys: stacks of the same shapes.
+        reduce: sums the batch over the ranks that hold rows; None when every row is here.
+
+    Returns:
+        (B, p, p).
+
+    Cost: 2 n p^2 flops per matrix, one pass over memory.
+    """
+    parts = [torch.bmm(x.mT, y) for x, y in zip(xs, ys, strict=True)]
+    small = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return small if reduce is None else reduce(small)
+
+
+def split(small: Tensor, like: Tall) -> tuple[Tensor, ...]:
+    """Cut a batch (B, ...) into one piece per height."""
+    return (small,) if len(like) == 1 else small.split([x.shape[0] for x in like])
+
+
+def combine(zs: Tall, xs: Tall, t: Tensor, *, alpha: float = 1.0, out: Tall | None = None) -> list[Tensor]:
+    """z + alpha x t for every matrix: the increment form, which rounds three times better than x (I + t).
+
+    Args:
+        zs: stacks (b, n, p).
+        xs: stacks (b, n, p).
+        t: (B, p, p).
+        alpha: factor of the product.
+        out: stacks to write to; they may be the zs, not the xs.
+
+    Cost: 2 n p^2 flops per matrix, one pass over memory.
+    """
+    pieces = split(t, xs)
+    if out is None:
+        return [torch.baddbmm(z, x, s, alpha=alpha) for z, x, s in zip(zs, xs, pieces, strict=True)]
+    for z, x, s, y in zip(zs, xs, pieces, out, strict=True):
+        torch.baddbmm(z, x, s, alpha=alpha, out=y)
+    return list(out)
+
+
+def fold(a: Tensor, b: Tensor, c: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Self-correction: one Newton-Schulz step on the Gram that y = x a + u b is going to have.
+
+    With c = x^T x, w = x^T u, q = u^T u the Gram of the result is
+    G = a^T c a + a^T w b + (a^T w b)^T + b^T q b; both coefficients are multiplied by (3 I - G) / 2, so that
+    drift in x (c != I) shrinks quadratically instead of adding up.
+
+    Args:
+        a: (B, p, p), likewise b, c, w and q.
+    """
+    cross = a.mT @ w @ b
+    g = a.mT @ c @ a + cross + cross.mT + b.mT @ q @ b
+    t = 1.5 * identity_like(g) - 0.5 * g
+    return a @ t, b @ t
+
+
+def zero_matrices(us: Tall, w: Tensor | None = None) -> Tensor | None:
+    """Mask (B,) of the displacements that are exactly zero; None when there is none.
+
+    Args:
+        us: stacks (b, n, p).
+        w: x^T u where it is at hand. On the CPU the tall scan then runs only if some x^T u vanishes, which
+            it must for a zero u.
+
+    On an accelerator the mask is always returned, so that nothing waits for the device.
+    """
+    on_host = us[0].device.type == "cpu"
+    if on_host and w is not None and not bool((w == 0).all(-1).all(-1).any()):
+        return None
+    mask = torch.cat([(u == 0).all(-1).all(-1) for u in us])
+    return mask if not on_host or bool(mask.any()) else None
+
+
+def keep_where(mask: Tensor | None, xs: Tall, ys: Tall) -> list[Tensor]:
+    """x where the mask is set, else y; with no mask the ys themselves."""
+    if mask is None:
+        return list(ys)
+    pieces = split(mask, xs)
+    return [torch.where(m[:, None, None], x, y) for m, x, y in zip(pieces, xs, ys, strict=True)]

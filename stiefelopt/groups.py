@@ -1,0 +1,192 @@
+"""From modules to plain groups: `constrain` declares a parameter, `param_groups` collects what was declared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .manifolds import Manifold, from_spec
+from .placement import Placement, check_parameter, read_placement
+
+# Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
+# fully_shard, DDP, deepcopy and torch.compile.
+_DECLARED = "_stiefelopt_declared"
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
+
+
+def declare(module: nn.Module, name: str, **keys: Any) -> None:
+    """Say what group keys a parameter of the module wants; layers call this for their factors.
+
+    The key "role": "scale" marks a factor such as StelLA's S, whose learning rate is ``scale_lr``.
+    """
+    module.__dict__.setdefault(_DECLARED, {})[name] = keys
+
+
+def declared(module: nn.Module) -> Mapping[str, dict[str, Any]]:
+    """What `declare` and `constrain` said about this module's own parameters."""
+    return module.__dict__.get(_DECLARED, {})
+
+
+@torch.no_grad()
+def constrain(
+    module: nn.Module,
+    name: str,
+    manifold: Manifold | Mapping[str, Any],
+    *,
+    init: str = "project",
+    orientation: str | None = None,
+    view: str | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Put a parameter on a manifold and declare it there, for `param_groups` to find.
+
+    Args:
+        module: the module, or a parent of the one that holds the parameter.
+        name: the parameter's name in it, dots allowed, for example "rnn.weight_hh_l0".
+        manifold: a manifold or its spec.
+        init: "project" (to the nearest point), "random" (Haar) or "keep" (it must be a point already).
+        orientation: "columns" or "rows"; default: tall -> columns, wide -> rows, square -> columns.
+        view: above two dimensions, "matrix" or "batch"; see `RiemannianWrapper`.
+        generator: for "random".
+
+    Returns:
+        The module.
+
+    Raises:
+        ConfigError: no such parameter, or an unknown init. ShapeError, NotOnManifoldError: it does not fit.
+    """
+    owner, leaf, p = _find(module, name)
+    manifold = from_spec(manifold)
+    keys = {"orientation": orientation, "view": view}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    placement = read_placement({"manifold": manifold, **keys})
+    if init not in ("project", "random", "keep"):
+        raise ConfigError(f"init is {init!r}; use 'project', 'random' or 'keep'.")
+    point = None if init == "keep" else _initial_point(p, placement, init, generator)
+    candidate = p.detach() if point is None else point
+    check_parameter(name, candidate, placement)
+    if point is not None:
+        p.copy_(point)
+    declare(owner, leaf, manifold=manifold.spec(), **keys)
+    return module
+
+
+def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        owner = None  # type: ignore[assignment]
+    p = None if owner is None else owner._parameters.get(leaf)
+    if p is None:
+        known = [n for n, _ in module.named_parameters()]
+        shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+        raise ConfigError(f"{type(module).__name__} has no parameter {name!r}; it has: {shown or 'none'}.")
+    return owner, leaf, p
+
+
+def _initial_point(p: Tensor, placement: Placement, init: str, generator: torch.Generator | None) -> Tensor:
+    """A new value for p, checked for shape first, so that a refusal changes nothing."""
+    check_shape = Placement(placement.manifold, placement.orientation, placement.view)
+    tall = check_shape.as_tall(p.detach())
+    manifold: Any = placement.manifold
+    if p.ndim < 2 or (p.ndim > 2 and placement.view is None) or tall.shape[-2] < tall.shape[-1]:
+        check_parameter("it", p, placement)  # says what is wrong
+    if init == "project":
+        point = manifold.project_point(tall)
+    else:
+        point = manifold.random_point(*tall.shape, dtype=p.dtype, device=p.device, generator=generator)
+    return (point.mT if placement.is_rows(p.shape) else point).reshape(p.shape)
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    manifold_lr: float | None = None,
+    scale_lr: float | None = None,
+    trainable_only: bool = True,
+    named: bool = False,
+) -> list[dict[str, Any]]:
+    """Sort a model's parameters into plain groups for any torch optimizer.
+
+    One group for each distinct declaration (manifold, scale, ...), without weight decay; one for scale factors such
+    as StelLA's S; one for decayed weights; one for biases and norms, not decayed.
+
+    Args:
+        model: any module, DDP-wrapped or not; call it after ``fully_shard``, which replaces parameters.
+        lr: learning rate of all groups; None leaves the optimizer's default.
+        weight_decay: for the decayed weights; None leaves the optimizer's default.
+        manifold_lr: learning rate of manifold groups, default ``lr``.
+        scale_lr: learning rate of scale factors, default ``lr``.
+        trainable_only: leave out parameters that need no gradient.
+        named: give (name, parameter) pairs, so that `residuals` and errors can speak names.
+
+    Returns:
+        Groups, none of them empty.
+
+    Raises:
+        ConfigError: nothing to train, or one shared parameter declared in two ways.
+    """
+    groups: list[dict[str, Any]] = []
+    index: dict[str, dict[str, Any]] = {}
+    seen: dict[int, str] = {}
+    for name, p, keys in _walk(model):
+        if trainable_only and not p.requires_grad:
+            continue
+        key, settings = _settings(p, keys, lr, weight_decay, manifold_lr, scale_lr)
+        if id(p) in seen:
+            if keys.get("manifold") and seen[id(p)] != key:
+                raise ConfigError(f"the shared parameter {name!r} is declared in two ways; declare it once.")
+            continue
+        seen[id(p)] = key
+        if key not in index:
+            index[key] = {"params": [], **settings}
+            groups.append(index[key])
+        index[key]["params"].append((name, p) if named else p)
+    if not groups:
+        raise ConfigError(
+            f"{type(model).__name__} has no parameter to train; unfreeze some (requires_grad_) or pass trainable_only=False."
+        )
+    return groups
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """(name, parameter, declared keys), declared parameters first wherever a parameter is shared."""
+    found = []
+    for prefix, module in model.named_modules():
+        said = declared(module)
+        exempt = isinstance(module, _NORMS) or "norm" in type(module).__name__.lower()
+        for leaf, p in module._parameters.items():
+            if p is not None:
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                found.append((name, p, said.get(leaf) or ({"role": "plain"} if exempt or p.ndim < 2 else {})))
+    order = {id(p): keys for _, p, keys in found if keys.get("manifold")}
+    for name, p, keys in found:
+        yield name, p, keys if keys.get("manifold") else order.get(id(p), keys)
+
+
+def _settings(
+    p: Tensor,
+    keys: dict[str, Any],
+    lr: float | None,
+    weight_decay: float | None,
+    manifold_lr: float | None,
+    scale_lr: float | None,
+) -> tuple[str, dict[str, Any]]:
+    """The key of a parameter's group and what the group says."""
+    role = keys.get("role", "manifold" if keys.get("manifold") else "decayed")
+    own_lr = {"manifold": manifold_lr, "scale": scale_lr}.get(role)
+    settings: dict[str, Any] = {k: v for k, v in keys.items() if k != "role"}
+    rate = lr if own_lr is None else own_lr
+    if rate is not None:
+        settings["lr"] = rate
+    decay = weight_decay if role in ("decayed", "scale") else 0.0
+    if decay is not None:
+        settings["weight_decay"] = decay
+    return f"{role} {sorted(keys.items(), key=str)}", settings

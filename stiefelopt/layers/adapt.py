@@ -1,0 +1,203 @@
+"""Put adapters into a model, take them out again, and save them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .low_rank import LowRankLinear, linear_sizes
+from .stella import StelLALinear
+
+Targets = str | Sequence[str]
+
+# The names of what stays trainable beside the adapters, kept in the model's __dict__.
+_SAVED = "_stiefelopt_modules_to_save"
+
+
+def ends_with(name: str, endings: Sequence[str]) -> bool:
+    """PEFT's rule for lists: the whole name, or its end after a dot."""
+    return any(name == e or name.endswith("." + e) for e in endings)
+
+
+def _matches(name: str, targets: Targets) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return ends_with(name, targets)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    try:
+        linear_sizes(module)
+    except ConfigError:
+        return False
+    return True
+
+
+def _find_targets(
+    model: nn.Module, targets: Targets, exclude: Targets | None, saved: Sequence[str]
+) -> list[tuple[str, nn.Module]]:
+    """The modules to adapt, in the model's order."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            raise ConfigError(f"{name or 'the model'} is adapted already; merge_adapters(model) first.")
+        inside_saved = any(ends_with(prefix, saved) for prefix in _prefixes(name))
+        if not name or inside_saved or (exclude is not None and _matches(name, exclude)):
+            continue
+        if targets == "all-linear":
+            if _is_linear(module) and module is not head:
+                found.append((name, module))
+        elif _matches(name, targets):
+            found.append((name, module))
+    if not found:
+        linear = [name for name, module in model.named_modules() if name and _is_linear(module)]
+        shown = ", ".join(linear[:6]) + (", ..." if len(linear) > 6 else "")
+        raise ConfigError(f"target_modules={targets!r} matches no module to adapt; the linear modules are: {shown or 'none'}.")
+    return found
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """a.b.c -> a, a.b, a.b.c."""
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def adapt(
+    model: nn.Module,
+    layer: type[LowRankLinear] = StelLALinear,
+    *,
+    target_modules: Targets,
+    exclude_modules: Targets | None = None,
+    modules_to_save: Sequence[str] = (),
+    reference_dim: int | None = None,
+    **layer_options: Any,
+) -> nn.Module:
+    """Replace linear modules by adapted ones, in place, and freeze everything else.
+
+    Args:
+        model: any module.
+        layer: the adapter.
+        target_modules: as in PEFT: a regular expression that must match the whole module name, a list of
+            name endings, or "all-linear" (every linear module but the output embedding).
+        exclude_modules: likewise, taken out again.
+        modules_to_save: name endings of modules that are trained whole, such as a new head.
+        reference_dim: StelLA's d, default: the most frequent in_features among the adapted layers; printed.
+        layer_options: r, alpha, init, ...: see the layer.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: nothing matches, a match is not linear, or an option is out of range. Nothing has changed.
+
+    Example:
+        >>> model = adapt(model, StelLALinear, target_modules=["query", "value"], r=16, alpha=32)
+    """
+    if "r" not in layer_options:
+        raise ConfigError("adapt needs the rank: adapt(model, target_modules=..., r=16).")
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    found = _find_targets(model, target_modules, exclude_modules, modules_to_save)
+    sizes = [linear_sizes(module)[:2] for _, module in found]
+    missing = [e for e in modules_to_save if not any(ends_with(name, [e]) for name, _ in model.named_modules())]
+    if missing:
+        raise ConfigError(f"modules_to_save names {missing[0]!r}, which no module of the model ends with.")
+    if reference_dim is None:
+        reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]
+        print(f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}")
+    trainable = {id(p): p.requires_grad for p in model.parameters()}
+    try:
+        adapted = [(name, layer(module, reference_dim=reference_dim, **layer_options)) for name, module in found]
+    except Exception:
+        for p in model.parameters():
+            p.requires_grad_(trainable[id(p)])
+        raise
+    model.requires_grad_(False)
+    for name, module in adapted:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+        for factor in module.FACTORS:
+            getattr(module, factor).requires_grad_(True)
+    for name, module in model.named_modules():
+        if name and ends_with(name, modules_to_save):
+            module.requires_grad_(True)
+    model.__dict__[_SAVED] = list(modules_to_save)
+    return model
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The adapted layers by name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} holds no adapted layer; call adapt(model, target_modules=..., r=...) first.")
+    return layers
+
+
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are trained whole, by name."""
+    endings = model.__dict__.get(_SAVED, [])
+    return {name: m for name, m in model.named_modules() if name and ends_with(name, endings)}
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Add every update to its base weight and put the plain layers back, in place; returns the model (or its layer)."""
+    if isinstance(model, LowRankLinear):
+        model.merge()
+        return model.base
+    for name, module in adapted_layers(model).items():
+        module.merge()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module.base)
+    return model
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What was trained and nothing else: the factors, and the modules_to_save; detached, ready for safetensors."""
+    state = {
+        f"{name}.{key}" if name else key: t
+        for name, module in adapted_layers(model).items()
+        for key, t in module.factor_state().items()
+    }
+    for name, saved in saved_modules(model).items():
+        state.update({f"{name}.{key}": t.detach() for key, t in saved.state_dict().items()})
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+
+
+def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `adapter_state_dict` gave into a model adapted in the same way; merged layers are unmerged.
+
+    Raises:
+        ConfigError: names or shapes differ; nothing has changed.
+    """
+    layers, saved = adapted_layers(model), saved_modules(model)
+    expected = set(adapter_state_dict(model))
+    optional = {f"{name}.{k}" if name else k for name in layers for k in ("U0", "V0")}
+    missing, unknown = expected - optional - set(state), set(state) - expected - optional
+    if missing or unknown:
+        raise ConfigError(
+            f"the adapter state does not fit the model: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}; adapt "
+            f"the model with the targets it was saved with."
+        )
+    parts = {name: _below(state, name) for name in (*layers, *saved)}
+    for name, layer in layers.items():
+        layer.check_factors(parts[name])
+    for name, module in saved.items():
+        module.load_state_dict(parts[name])
+    for name, layer in layers.items():
+        layer.load_factors(parts[name])
+
+
+def _below(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}." if name else ""
+    return {k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)}

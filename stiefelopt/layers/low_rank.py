@@ -1,0 +1,235 @@
+"""The layer y = base(x) + scale (x V) S^T U^T, on which StelLALinear (and later RiemannLoRALinear) stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..shapes import HALF
+
+
+def linear_sizes(base: nn.Module) -> tuple[int, int, bool]:
+    """(in_features, out_features, whether the weight lies (in, out)) of a linear module.
+
+    nn.Linear, transformers' Conv1D, and anything with in_features, out_features and such a weight.
+
+    Raises:
+        ConfigError: not linear.
+    """
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
+            return weight.shape[0], weight.shape[1], True
+        sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
+        if sizes == (weight.shape[1], weight.shape[0]):
+            return weight.shape[1], weight.shape[0], False
+    raise ConfigError(
+        f"the base is a {type(base).__name__}; a linear module is needed: nn.Linear, transformers' Conv1D, or one with "
+        f"in_features, out_features and a weight (out_features, in_features)."
+    )
+
+
+def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> None:
+    """Refuse ranks, scales and rates that no adapter can have."""
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= min(sizes):
+        raise ConfigError(f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}.")
+    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        raise ConfigError(f"alpha is {alpha!r}; a positive number is needed (default: r).")
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        raise ConfigError(f"dropout is {dropout!r}; a probability in [0, 1) is needed.")
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear module with a trainable low-rank update U S V^T beside it.
+
+    Attributes:
+        base: the frozen module. U (out, r), S (r, r) or (r,), V (in, r): the factors, float32, or float64 when
+            the base is; half precision never reaches them.
+        scale: alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+        merged: whether the update lies in the base weight.
+    """
+
+    FACTORS = ("U", "S", "V")
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        alpha: float | None = None,
+        *,
+        diagonal: bool = False,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.fan_in_fan_out = linear_sizes(base)
+        check_options(r, (self.in_features, self.out_features), alpha, dropout)
+        self.r, self.alpha = r, float(r if alpha is None else alpha)
+        self.use_rslora, self.diagonal = use_rslora, diagonal
+        self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
+        self.base = base.requires_grad_(False)
+        weight = self.weight
+        options: dict[str, Any] = {
+            "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            "device": weight.device,
+        }
+        self.U = nn.Parameter(torch.empty(self.out_features, r, **options))
+        self.S = nn.Parameter(torch.empty((r,) if diagonal else (r, r), **options))
+        self.V = nn.Parameter(torch.empty(self.in_features, r, **options))
+        # What was taken out of the base weight at the start, U0 V0^T scale; empty where nothing was.
+        self.register_buffer("U0", None)
+        self.register_buffer("V0", None)
+        self.dropout = nn.Dropout(dropout)
+        self._unmerged: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as it lies in the base."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update lies in the base weight."""
+        return self._unmerged is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
+        y = self.base(x)
+        if self.merged:
+            return y
+        h = self.dropout(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            h = h.to(self.V.dtype)
+        h = h @ self.V
+        # The scale goes to the r columns here, not to the wide result.
+        h = h * (self.S * self.scale) if self.diagonal else F.linear(h, self.S * self.scale)
+        return _plus_product(y, h, self.U)
+
+    # The update as a matrix
+
+    def _oriented(self, delta: Tensor) -> Tensor:
+        """(out, in) as the base weight lies."""
+        return delta.T if self.fan_in_fan_out else delta
+
+    def _product(self) -> Tensor:
+        us = self.U * self.S if self.diagonal else self.U @ self.S
+        return self.scale * (us @ self.V.T)
+
+    def _correction(self) -> Tensor | None:
+        """What the initialization took out of the base weight, (out, in)."""
+        return None if self.U0 is None else self.scale * (self.U0 @ self.V0.T)  # type: ignore[union-attr,operator]
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """The net change to the original base weight, (out, in), in the factors' dtype."""
+        correction = self._correction()
+        return self._product() if correction is None else self._product() - correction
+
+    @torch.no_grad()
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """A (k, in) and B (out, k) with B A = `delta_weight`: k = r, or 2 r where the start was corrected."""
+        us = self.U * self.S if self.diagonal else self.U @ self.S
+        a, b = self.V.T.clone(), self.scale * us
+        if self.U0 is not None:
+            a = torch.cat((a, self.V0.T))  # type: ignore[union-attr,arg-type]
+            b = torch.cat((b, -self.scale * self.U0), 1)  # type: ignore[operator]
+        return a.contiguous(), b.contiguous()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base weight, computed in the factors' precision. Merged twice is merged once."""
+        if self.merged:
+            return
+        self._unmerged = self.weight.detach().clone()
+        self._add_to_base(self._product())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit, from the copy that `merge` kept."""
+        if self._unmerged is None:
+            return
+        self.weight.copy_(self._unmerged)
+        self._unmerged = None
+
+    def _add_to_base(self, delta: Tensor) -> None:
+        total = self.weight.to(delta.dtype) + self._oriented(delta)
+        self.weight.copy_(total)
+
+    @torch.no_grad()
+    def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
+        """Take scale u v^T out of the base weight, in place of what was taken out before."""
+        self.unmerge()
+        old = self._correction()
+        if old is not None:
+            self._add_to_base(old)
+        self.U0 = None if u is None else u.detach().clone()
+        self.V0 = None if v is None else v.detach().clone()
+        new = self._correction()
+        if new is not None:
+            self._add_to_base(-new)
+
+    # State
+
+    def check_factors(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse factors of other shapes."""
+        for name in self.FACTORS:
+            given, own = tuple(state[name].shape), tuple(getattr(self, name).shape)
+            if given != own:
+                raise ConfigError(f"{name} is saved as {given} and here {own}; adapt with the rank it was saved with.")
+
+    @torch.no_grad()
+    def load_factors(self, state: Mapping[str, Tensor]) -> None:
+        """Load U, S, V (and U0, V0); a correction folded into the base weight is undone first."""
+        self.check_factors(state)
+        self._correct(*(state[k].to(self.U) if k in state else None for k in ("U0", "V0")))
+        for name in self.FACTORS:
+            getattr(self, name).copy_(state[name])
+
+    def factor_state(self) -> dict[str, Tensor]:
+        """U, S, V, and U0, V0 where there are any, detached."""
+        tensors = {name: getattr(self, name) for name in (*self.FACTORS, "U0", "V0")}
+        return {name: t.detach() for name, t in tensors.items() if t is not None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A whole-model state carries the corrected base weight itself: take U0 and V0 as they come."""
+        for name in ("U0", "V0"):
+            saved = state_dict.get(prefix + name)
+            setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.U.device))
+        self._unmerged = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Follow the model to another device or to float64, never to half precision: steps would round away."""
+        own = {id(t) for t in (*self._parameters.values(), *self._buffers.values()) if t is not None}
+        own |= {id(p.grad) for p in self._parameters.values() if p is not None and p.grad is not None}
+
+        def guarded(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if id(t) in own and moved.dtype in HALF else moved
+
+        super()._apply(guarded, recurse)
+        if self._unmerged is not None:
+            self._unmerged = fn(self._unmerged)
+        return self
+
+    def extra_repr(self) -> str:
+        """Rank and scale, for print(model)."""
+        return f"r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, diagonal={self.diagonal}, merged={self.merged}"
+
+
+def _plus_product(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    """y + h u^T: one pass over the wide result where the dtypes allow it."""
+    if y.dtype != h.dtype or y.dtype != u.dtype or y.device.type != h.device.type:
+        return y + F.linear(h, u).to(y.dtype)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), u.T).reshape(y.shape)

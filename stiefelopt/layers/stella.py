@@ -1,0 +1,93 @@
+"""StelLALinear: a low-rank adapter with its two bases on Stiefel manifolds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..groups import declare
+from ..manifolds import Stiefel
+from .low_rank import LowRankLinear
+
+INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
+
+
+class StelLALinear(LowRankLinear):
+    """y = base(x) + (alpha / r) (dropout(x) V) S^T U^T with U and V orthonormal.
+
+    `stiefelopt.param_groups` gives U and V their manifold (canonical metric, polar retraction), StelLA's
+    displacement scale sqrt(reference_dim / n) and no weight decay, and S a group of its own.
+
+    Args:
+        base: nn.Linear, transformers' Conv1D, or a module with in_features, out_features and a weight; it is frozen.
+        r: rank, 1 to min(in, out).
+        alpha: numerator of the scale, default r.
+        init: "random": U, V Haar uniform, S = I, base untouched (the paper's). "zero": the same with S = 0.
+            "pseudo-zero": the same with S = I and (alpha / r) U V^T taken out of the base weight, so that the function
+            starts unchanged. "svd-major", "svd-minor": U, V the r leading or trailing singular vectors of the
+            base weight, S = I, base untouched.
+        diagonal: S is a vector (r,) instead of a matrix.
+        dropout: on the adapter's input.
+        use_rslora: scale alpha / sqrt(r).
+        reference_dim: the d of the displacement scale, default in_features; `adapt` sets the model's.
+        generator: for the random initializations, on its own device.
+
+    Raises:
+        ConfigError: a base that is not linear, or an option out of range.
+
+    Reference: Li et al., StelLA (arXiv 2510.01938, NeurIPS 2025).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        alpha: float | None = None,
+        *,
+        init: str = "random",
+        diagonal: bool = False,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        reference_dim: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if init not in INITS:
+            raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
+        super().__init__(base, r, alpha, diagonal=diagonal, dropout=dropout, use_rslora=use_rslora)
+        self.init = init
+        self.reference_dim = self.in_features if reference_dim is None else reference_dim
+        keys = {
+            "manifold": Stiefel().spec(),
+            "orientation": "columns",
+            "displacement_scale": "stella",
+            "reference_dim": self.reference_dim,
+        }
+        declare(self, "U", **keys)
+        declare(self, "V", **keys)
+        declare(self, "S", role="scale")
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialize the factors again; a correction of the base weight is undone first."""
+        self._correct(None, None)
+        if self.init.startswith("svd"):
+            self._set_singular_vectors(leading=self.init == "svd-major")
+        else:
+            for factor in (self.U, self.V):
+                if not factor.is_meta:
+                    point = Stiefel().random_point(*factor.shape, dtype=factor.dtype, generator=generator)
+                    factor.copy_(point)
+        one = torch.ones_like(self.S) if self.diagonal else torch.eye(self.r, dtype=self.S.dtype, device=self.S.device)
+        self.S.copy_(torch.zeros_like(self.S) if self.init == "zero" else one)
+        if self.init == "pseudo-zero":
+            self._correct(self.U, self.V)
+
+    def _set_singular_vectors(self, *, leading: bool) -> None:
+        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        # float64: trailing singular vectors of a float32 weight are orthonormal to 1e-5 only.
+        u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        part = slice(None, self.r) if leading else slice(-self.r, None)
+        self.U.copy_(u[:, part])
+        self.V.copy_(vh[part].T)

@@ -1,0 +1,82 @@
+"""What every manifold is: frozen, stateless, shape-free, printable, and writable as plain strings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ..errors import ConfigError, UnknownNameError
+from ..registry import Registry
+
+M = TypeVar("M", bound="Manifold")
+
+_registry: Registry[type[Manifold]] = Registry("manifold")
+names, get = _registry.names, _registry.get
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifold:
+    """Base of the manifolds. A subclass is a frozen dataclass whose fields are strings and numbers."""
+
+    def replace(self: M, **changes: Any) -> M:
+        """A copy with some options changed, for example ``m.replace(retraction="qr")``."""
+        try:
+            return dataclasses.replace(self, **changes)
+        except TypeError:
+            known = [f.name for f in dataclasses.fields(self)]
+            wrong = [k for k in changes if k not in known]
+            if not wrong:
+                raise
+            raise ConfigError(f"{type(self).__name__} has no option {wrong[0]!r}; it has: {', '.join(known)}.") from None
+
+    def spec(self) -> dict[str, str | int | float | bool]:
+        """The manifold as a flat dict of strings and numbers, which `from_spec` reads back.
+
+        Raises:
+            ConfigError: an option is a live function; register it under a name first.
+        """
+        spec: dict[str, str | int | float | bool] = {"manifold": type(self).__name__}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, (str, int, float, bool)):
+                raise ConfigError(
+                    f"{f.name}={value!r} is a plain function, which no checkpoint can hold; register it with "
+                    f"@stiefelopt.{f.name}s.register('name') and pass the name."
+                )
+            spec[f.name] = value
+        return spec
+
+
+def register(name: str) -> Callable[[type[M]], type[M]]:
+    """Class decorator that adds a manifold; the class name must equal the registered name."""
+
+    def add(cls: type[M]) -> type[M]:
+        if name != cls.__name__:
+            raise ConfigError(f"manifold class {cls.__name__} is registered as {name!r}; the two names must be equal.")
+        _registry.add(name, cls)
+        return cls
+
+    return add
+
+
+def from_spec(spec: Mapping[str, Any] | Manifold) -> Manifold:
+    """The manifold that ``m.spec()`` described.
+
+    Raises:
+        ConfigError: not a spec. UnknownNameError: a name in it is not registered (import what registers it).
+    """
+    if isinstance(spec, Manifold):
+        return spec
+    if not isinstance(spec, Mapping) or "manifold" not in spec:
+        raise ConfigError(
+            f"a manifold or its spec (a dict with the key 'manifold') is needed, got {spec!r}; "
+            f"use for example Stiefel() or Stiefel().spec()."
+        )
+    options = {k: v for k, v in spec.items() if k != "manifold"}
+    try:
+        return get(spec["manifold"])(**options)
+    except TypeError as error:
+        if isinstance(error, (ConfigError, UnknownNameError)):
+            raise
+        raise ConfigError(f"the spec {dict(spec)!r} does not fit {spec['manifold']}: {error}") from None

@@ -1,0 +1,203 @@
+"""The Stiefel manifold St(n, p): n x p matrices with orthonormal columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import metrics, projections, retractions, transports
+from ..errors import ConfigError, NotOnManifoldError, ShapeError
+from ..gram import Reduce, Tall, gram, identity_like, zero_matrices
+from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
+from .base import Manifold, register
+
+_FAMILIES = {"metric": metrics, "retraction": retractions, "transport": transports, "projection": projections}
+
+
+@register("Stiefel")
+@dataclass(frozen=True)
+class Stiefel(Manifold):
+    """St(n, p) = {x : x^T x = I}, with its parts picked by name.
+
+    Points are tensors (*b, n, p), n >= p; tangent vectors u, of the same shape, satisfy x^T u + u^T x = 0.
+
+    Args:
+        metric: "canonical", "euclidean" or a registered name: what the gradient means.
+        retraction: "polar", "qr", "svd", "cayley", "exp", "newton_schulz", a registered name, or a plain function
+            ``(x, u) -> y`` on stacks (B, n, p).
+        transport: "none", "projection" or a registered name: what `RiemannianWrapper` does with first moments.
+        projection: "tangent", "none" or a registered name: how a displacement becomes tangent before it is retracted.
+
+    Raises:
+        UnknownNameError: a name that is not registered.
+    """
+
+    metric: str = "canonical"
+    retraction: str | Callable[[Tensor, Tensor], Tensor] = "polar"
+    transport: str = "none"
+    projection: str = "tangent"
+
+    def __post_init__(self) -> None:
+        for option, family in _FAMILIES.items():
+            value = getattr(self, option)
+            if isinstance(value, str):
+                if value != "none" or option not in ("transport", "projection"):
+                    family.get(value)  # type: ignore[attr-defined]
+            elif option != "retraction" or not callable(value):
+                raise ConfigError(f"Stiefel({option}={value!r}): a registered name is needed, one of {family.names()}.")  # type: ignore[attr-defined]
+
+    # The parts, resolved. Registries are dictionaries: this costs nothing beside a step.
+
+    @property
+    def _metric(self) -> metrics.Metric:
+        return metrics.get(self.metric)
+
+    @property
+    def _retraction(self) -> retractions.Retraction:
+        if isinstance(self.retraction, str):
+            return retractions.get(self.retraction).for_metric(self.metric)
+        if isinstance(self.retraction, retractions.Retraction):
+            return self.retraction.for_metric(self.metric)
+        return retractions.Retraction("a plain function", "ambient", self.retraction, {})
+
+    # Points
+
+    def residual(self, x: Tensor) -> Tensor:
+        """max |x^T x - I| of every matrix, (*b,), in the compute dtype."""
+        (xs,) = as_stacks(x=x)
+        c = gram([xs], [xs])
+        return (c - identity_like(c)).abs().amax((-2, -1)).reshape(x.shape[:-2])
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what is not a point.
+
+        Raises:
+            ShapeError: not a real floating-point tensor (*b, n, p) with n >= p >= 1.
+            NotOnManifoldError: columns are not orthonormal to 10 eps sqrt(n p), or not finite.
+        """
+        check_matrix("x", x)
+        if x.numel() == 0:
+            return
+        worst = self.residual(x.detach()).amax().item()
+        allowed = tolerance(x.dtype, *x.shape[-2:])
+        if not worst <= allowed:
+            raise NotOnManifoldError(
+                f"x has max |x^T x - I| = {worst:.2g}, and {allowed:.2g} is allowed for {tuple(x.shape)} in {x.dtype}: "
+                f"use project_point(x), or constrain(module, name, manifold) for a parameter."
+            )
+
+    def random_point(
+        self,
+        *shape: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A point (*b, n, p), uniform in the Haar measure: the Q of a Gaussian, signs fixed (Mezzadri 2007)."""
+        shape = _as_shape(shape)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        z = torch.empty(shape, dtype=dtype, device="meta")
+        check_matrix("random_point's result", z)
+        source = device if generator is None else generator.device
+        z = torch.randn(shape, dtype=compute_dtype(dtype), device=source, generator=generator)
+        q, r = torch.linalg.qr(z)
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+        return (q * signs[..., None, :]).to(dtype=dtype, device=device)
+
+    def project_point(self, z: Tensor) -> Tensor:
+        """The point nearest to z: its polar factor, by SVD; see `projections.polar_factor`."""
+        return projections.polar_factor(z)
+
+    def dim(self, *shape: int) -> int:
+        """Dimension of the manifold of points (*b, n, p): n p - p (p + 1) / 2 for each matrix."""
+        *batch, n, p = _as_shape(shape)
+        return math.prod(batch) * (n * p - p * (p + 1) // 2)
+
+    # Tangent vectors
+
+    def project_tangent(self, x: Tensor, z: Tensor) -> Tensor:
+        """The orthogonal projection z - x sym(x^T z) of an ambient z (*b, n, p)."""
+        return projections.tangent(x, z)
+
+    def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A tangent vector of unit norm in the metric; zero where the manifold is a single point."""
+        check_matrix("x", x)
+        source = x.device if generator is None else generator.device
+        z = torch.randn(x.shape, dtype=compute_dtype(x.dtype), device=source, generator=generator).to(x.device)
+        u = self.project_tangent(x.to(z.dtype), z)
+        if x.shape[-2:] == (1, 1):  # St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding
+            return torch.zeros_like(x)
+        return (u / self.norm(x.to(u.dtype), u)[..., None, None]).to(x.dtype)
+
+    def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
+        """Riemannian gradient from the Euclidean one: <gradient, v>_x = <egrad, v> for every tangent v.
+
+        Args:
+            x: point (*b, n, p).
+            egrad: ordinary gradient, same shape.
+
+        Returns:
+            Tangent vector (*b, n, p). Cost: 4 n p^2 flops, two passes.
+        """
+        return on_stacks(lambda x, egrad: self._metric.gradient([x], [egrad])[0][0], x=x, egrad=egrad)
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Inner product <u, v>_x of tangent vectors in the metric, (*b,)."""
+        xs, us, vs = as_stacks(x=x, u=u, v=v)
+        return self._metric.inner([xs], [us], [vs]).reshape(x.shape[:-2])
+
+    def norm(self, x: Tensor, u: Tensor) -> Tensor:
+        """Norm of a tangent vector in the metric, (*b,)."""
+        return self.inner(x, u, u).clamp_min(0).sqrt()
+
+    # Motion
+
+    def retract(self, x: Tensor, u: Tensor) -> Tensor:
+        """The point y = R(x, u) for a tangent u, by the manifold's retraction; R(x, 0) is x bit for bit."""
+        return self._retraction(x, u)
+
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """The geodesic of this metric from x in direction u at time 1."""
+        if self.metric not in retractions.exp.variants:
+            raise ConfigError(
+                f"no closed geodesic is known for metric {self.metric!r}; use retract, or one of the metrics "
+                f"{', '.join(map(repr, retractions.exp.variants))}."
+            )
+        return retractions.exp(x, u, metric=self.metric)
+
+    def transport_vector(self, x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """v, tangent at x, as a tangent vector at y = retract(x, u): by projection, or the registered rule."""
+        return transports.get("projection" if self.transport == "none" else self.transport)(x, u, y, v)
+
+    # The beats of the optimizer's step, on stacks of several heights at once
+
+    def stacked_gradient(self, xs: Tall, gs: Tall, reduce: Reduce | None = None) -> Tensor:
+        """Overwrite the stacks gs by Riemannian gradients; returns x^T g, in which every non-finite entry shows."""
+        return self._metric.gradient(xs, gs, reduce, out=gs)[1]
+
+    def stacked_overlap(self, xs: Tall, ds: Tall, reduce: Reduce | None = None) -> Tensor:
+        """x^T d of every matrix, (B, p, p): all that projecting needs, and where a non-finite d shows."""
+        return gram(xs, ds, reduce)
+
+    def stacked_move(self, xs: Tall, ds: Tall, w: Tensor, reduce: Reduce | None = None) -> list[Tensor]:
+        """Project the displacements ds (overwritten), w their overlap, and retract them: the new points."""
+        zero = zero_matrices(ds, w)
+        us: Tall = ds
+        if self.projection != "none":
+            us = projections.get(self.projection).apply(xs, ds, w=w, reduce=reduce, out=ds)
+        return self._retraction.apply(xs, us, zero=zero, reduce=reduce, out=us)
+
+
+def _as_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(n, p) or ((n, p),), as in torch.randn."""
+    if len(shape) == 1 and not isinstance(shape[0], int):
+        shape = tuple(shape[0])
+    if len(shape) < 2:
+        raise ShapeError(f"the shape {shape} has fewer than two dimensions; give (*b, n, p), for example (64, 8).")
+    return shape
+
+

@@ -1,0 +1,139 @@
+"""How one parameter lies on its manifold: which way, seen how, moved at what scale. Read from plain group keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, NotOnManifoldError, ShapeError
+from .manifolds import Manifold, Stiefel, from_spec
+from .shapes import HALF, check_matrix
+
+KEYS = ("manifold", "orientation", "view", "displacement_scale", "reference_dim", "gradient", "direction")
+ORIENTATIONS = ("columns", "rows", "auto")
+VIEWS = ("matrix", "batch")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a group says about its parameters."""
+
+    manifold: Manifold
+    orientation: str = "auto"
+    view: str | None = None
+    displacement_scale: float | str = 1.0
+    reference_dim: float | None = None
+
+    def matrix_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """(*b, rows, columns) of a parameter of that shape under the view."""
+        return (shape[0], math.prod(shape[1:])) if self.view == "matrix" else tuple(shape)
+
+    def is_rows(self, shape: torch.Size) -> bool:
+        """Whether the rows, not the columns, are orthonormal: stated, or a wide matrix."""
+        rows, columns = self.matrix_shape(shape)[-2:]
+        return self.orientation == "rows" or (self.orientation == "auto" and rows < columns)
+
+    def as_tall(self, t: Tensor) -> Tensor:
+        """The points (*b, n, p) in a parameter-shaped tensor; a view of a contiguous one."""
+        t = t.reshape(self.matrix_shape(t.shape))
+        return t.mT if self.is_rows(t.shape) else t
+
+    def scale(self, shape: torch.Size) -> float:
+        """Factor of the displacement: the number given, or StelLA's sqrt(reference_dim / n)."""
+        if self.displacement_scale != "stella":
+            return float(self.displacement_scale)
+        assert self.reference_dim is not None
+        return math.sqrt(self.reference_dim / max(self.matrix_shape(shape)[-2:]))
+
+
+def read_placement(group: Mapping[str, Any]) -> Placement:
+    """Check a group's keys and return what they say.
+
+    Raises:
+        ConfigError: a key's value is not one of those allowed.
+    """
+    given = {key: group[key] for key in KEYS if group.get(key) is not None}
+    placement = Placement(
+        from_spec(given["manifold"]),
+        _one_of("orientation", given.get("orientation", "auto"), ORIENTATIONS),
+        None if "view" not in given else _one_of("view", given["view"], VIEWS),
+        _displacement_scale(given),
+        given.get("reference_dim"),
+    )
+    if isinstance(placement.manifold, Stiefel):
+        _one_of("direction", given.get("direction", "plain"), ("plain",))
+        if "gradient" in given:
+            raise ConfigError("the group key 'gradient' belongs to FixedRank groups; leave it out of a Stiefel group.")
+    return placement
+
+
+def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise ConfigError(f"the group key {key!r} is {value!r}; use {' or '.join(map(repr, allowed))}.")
+    return value
+
+
+def _displacement_scale(given: Mapping[str, Any]) -> float | str:
+    scale, reference = given.get("displacement_scale", 1.0), given.get("reference_dim")
+    if scale == "stella":
+        if not _positive(reference):
+            raise ConfigError(
+                f"displacement_scale='stella' is sqrt(reference_dim / n) and reference_dim is {reference!r}; put the "
+                f"model's hidden size into the group, for example reference_dim=768."
+            )
+        return "stella"
+    if not _positive(scale):
+        raise ConfigError(f"displacement_scale is {scale!r}; use a positive number or 'stella'.")
+    return float(scale)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_parameter(label: object, p: Tensor, placement: Placement) -> None:
+    """Refuse a parameter that cannot be stepped on its manifold.
+
+    Raises:
+        ShapeError: a vector, an integer or complex tensor, an orientation that does not fit.
+        ConfigError: more than two dimensions and no view, half precision, a sharded tensor.
+        NotOnManifoldError: not orthonormal.
+    """
+    name = f"parameter {label!r}" if isinstance(label, str) else f"parameter {label[1]} of group {label[0]}"  # type: ignore[index]
+    if hasattr(p, "device_mesh"):
+        raise ConfigError(f"{name} is sharded (DTensor), which this version cannot step on a manifold; keep it replicated.")
+    if p.ndim < 2:
+        raise ShapeError(
+            f"{name} is a vector of shape {tuple(p.shape)} in a manifold group; matrices are needed: build the groups "
+            f"with stiefelopt.param_groups(model), or give vectors a group without 'manifold'."
+        )
+    if p.ndim > 2 and placement.view is None:
+        raise ConfigError(
+            f"{name} has {p.ndim} dimensions, {tuple(p.shape)}; say in its group how to see it: view='matrix' (first "
+            f"dimension against the rest, for convolutions) or view='batch' (a batch of matrices)."
+        )
+    rows, columns = placement.matrix_shape(p.shape)[-2:]
+    long_side = columns if placement.is_rows(p.shape) else rows
+    if long_side < max(rows, columns):
+        raise ShapeError(
+            f"{name} is {rows} x {columns}, and {min(rows, columns)} orthonormal {placement.orientation} at most fit: "
+            f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out."
+        )
+    check_matrix(name, placement.as_tall(p.detach()))
+    if p.dtype in HALF:
+        raise ConfigError(f"{name} is {p.dtype}; keep constrained parameters in float32 (the rest of the model may be half).")
+    try:
+        placement.manifold.check(placement.as_tall(p.detach()))  # type: ignore[attr-defined]
+    except NotOnManifoldError as error:
+        raise NotOnManifoldError(f"{name}: {error}") from None
+
+
+def resolve_orientation(placement: Placement, shapes: Iterable[torch.Size]) -> str:
+    """The word to store in the group: what every parameter's orientation is, "auto" where they differ."""
+    words = {"rows" if placement.is_rows(s) else "columns" for s in shapes}
+    return words.pop() if len(words) == 1 else "auto"

@@ -1,0 +1,98 @@
+"""Projections: how an ambient displacement becomes tangent, and how a matrix becomes a point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, NotOnManifoldError
+from .gram import Reduce, Tall, combine, gram, sym
+from .registry import Registry
+from .shapes import check_matrix, compute_dtype, on_stacks
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection to the tangent space; call it as ``projection(x, z)``.
+
+    Form "gram": z - x f(x^T z). Form "ambient": f(x, z) on stacks (B, n, p).
+    """
+
+    name: str
+    form: str
+    function: Callable[..., Tensor]
+
+    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
+        """Tangent vector at x nearest to z in this projection's sense; x and z are (*b, n, p)."""
+        return on_stacks(lambda x, z: self.apply([x], [z])[0], x=x, z=z)
+
+    def apply(
+        self, xs: Tall, zs: Tall, *, w: Tensor | None = None, reduce: Reduce | None = None, out: Tall | None = None
+    ) -> list[Tensor]:
+        """The projection on stacks; w = x^T z where it is at hand already."""
+        if self.form == "ambient":
+            return [self.function(x, z) for x, z in zip(xs, zs, strict=True)]
+        w = gram(xs, zs, reduce) if w is None else w
+        return combine(zs, xs, self.function(w), alpha=-1.0, out=out)
+
+
+_registry: Registry[Projection] = Registry("projection", words=("none",))
+names, get = _registry.names, _registry.get
+
+
+def register(name: str, *, form: str = "gram") -> Callable[[Callable[..., Tensor]], Projection]:
+    """Decorator that adds a projection.
+
+    Args:
+        name: the word that ``Stiefel(projection=...)`` will accept.
+        form: "gram": ``f(w) -> s`` with w = x^T z, and the result is z - x s; "ambient": ``f(x, z) -> u``.
+    """
+    if form not in ("gram", "ambient"):
+        raise ConfigError(f"projection {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, z) -> u).")
+    return lambda function: _registry.add(name, Projection(name, form, function))
+
+
+@register("tangent")
+def tangent(w: Tensor) -> Tensor:
+    """z - x sym(x^T z): the orthogonal projection, self-adjoint in the Euclidean metric. Cost: 4 n p^2 flops."""
+    return sym(w)
+
+
+def polar_factor(z: Tensor) -> Tensor:
+    """The orthonormal matrix nearest to z in every unitarily invariant norm: U V^T of the thin SVD.
+
+    Args:
+        z: (*b, n, p), n >= p, any finite values; where z is rank deficient one of the nearest is returned.
+
+    Raises:
+        ShapeError: not a tall real matrix.
+        NotOnManifoldError: z is not finite.
+
+    Cost: one batched thin SVD, about 6 n p^2 flops at LAPACK speed. Accuracy: a few eps.
+    Reference: Higham, Functions of Matrices (2008), theorem 8.4.
+    """
+    check_matrix("z", z)
+    if not bool(torch.isfinite(z).all()):
+        raise NotOnManifoldError("z holds NaN or Inf, and no orthonormal matrix is nearest to it; look where it was made.")
+    return on_stacks(svd_factor, z=z)
+
+
+def svd_factor(z: Tensor) -> Tensor:
+    """U V^T of the thin SVD of a stack (B, n, p).
+
+    LAPACK's float32 divide and conquer sometimes fails on many nearly equal singular values, which is what
+    matrices near the manifold have; such a stack is done again in float64.
+    """
+    # A common scale changes no singular vector, and keeps 1e-30 and 1e30 inside the range of the squares.
+    scale = z.detach().abs().amax((-2, -1), keepdim=True) if z.numel() else torch.ones_like(z)
+    z = z / torch.where(scale > 0, scale, torch.ones_like(scale))
+    try:
+        u, _, vh = torch.linalg.svd(z, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        if z.dtype == torch.float64:
+            raise
+        return svd_factor(z.double()).to(compute_dtype(z.dtype))
+    return u @ vh

@@ -1,0 +1,277 @@
+"""Retractions on Stiefel: a few lines of p x p algebra each.
+
+A retraction maps a point x and a tangent displacement u to a point y = x + u + O(u^2). Four forms:
+
+    "normalizer"  t = f(g), y = z t, with z = x + u and its true Gram g = z^T z: drift in x corrects itself
+    "gram"        a, b = f(w, q), y = x a + u b, with w = x^T u, q = u^T u; `fold` corrects drift
+    "ambient"     y = f(x, u) on tall stacks: correct, but neither fused nor sharded
+
+``names()`` lists them, ``get(name).order`` holds the declared order for each metric, and calling one,
+``polar(x, u)``, retracts tensors of any batch shape. A displacement that is exactly zero returns x bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, StepError
+from .gram import Reduce, Tall, combine, fold, gram, identity_like, keep_where, zero_matrices
+from .matfun import cholesky_inverse_increment, distance_from_identity, inverse_sqrt_increment, norm
+from .projections import svd_factor
+from .registry import Registry
+from .shapes import as_stacks
+
+EXACT = math.inf
+FORMS = ("gram", "ambient", "normalizer")
+# ||z^T z - I|| up to which one pass of a normalizer already reaches a few eps.
+NEAR = 1.0
+# ... and from which float32 Grams lose what they must resolve, so that the passes run in float64.
+FAR = 8.0
+PASSES = 6
+
+
+@dataclass(frozen=True)
+class Retraction:
+    """A retraction as a value; call it as ``retraction(x, u)``.
+
+    Attributes:
+        name: its registered name.
+        form: "normalizer", "gram" or "ambient" (see the module).
+        function: the small (or ambient) part.
+        order: declared order of agreement with the geodesic, for each metric; ``math.inf`` where exact.
+        radius: largest ||u||_2 that it accepts; beyond it StepError.
+        equivariance: "both" if R(p x q, p u q) = p R(x, u) q for orthogonal p and q, else "left".
+        variants: the small part for each metric, where the metric decides (exp).
+    """
+
+    name: str
+    form: str
+    function: Callable[..., object] = field(repr=False)
+    order: Mapping[str, float] = field(hash=False)
+    radius: float = math.inf
+    equivariance: str = "both"
+    variants: Mapping[str, Callable[..., object]] = field(default_factory=dict, hash=False, repr=False)
+
+    def __call__(self, x: Tensor, u: Tensor, *, metric: str | None = None) -> Tensor:
+        """The point y = R(x, u).
+
+        Args:
+            x: point (*b, n, p), orthonormal columns; half precision is computed in float32.
+            u: tangent vector at x, same shape.
+            metric: for ``exp``, whose geodesic: "canonical" (default) or "euclidean".
+
+        Raises:
+            ShapeError: x is not tall and real, or u is not like it.
+            StepError: u is beyond the radius, or too large to be resolved in this dtype.
+        """
+        xs, us = as_stacks(x=x, u=u)
+        (y,) = self.for_metric(metric).apply([xs], [us], zero=zero_matrices([us]))
+        y = y.reshape(x.shape).to(x.dtype)
+        return y if y is not xs else y.clone()
+
+    def for_metric(self, metric: str | None) -> Retraction:
+        """The variant that belongs to a metric (only ``exp`` has several)."""
+        if metric is None or metric not in self.variants:
+            return self
+        return replace(self, function=self.variants[metric])
+
+    def coefficients(self, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The small part: a, b with y = x a + u b for orthonormal x, w = x^T u, q = u^T u, all (*b, p, p)."""
+        if self.form == "ambient":
+            raise ConfigError(f"retraction {self.name!r} has the ambient form: it has no p x p coefficients; call it on (x, u).")
+        if self.form == "gram":
+            return self.function(w, q)  # type: ignore[return-value]
+        t = self.function(identity_like(w) + w + w.mT + q) + identity_like(w)  # type: ignore[operator]
+        return t, t
+
+    def apply(
+        self, xs: Tall, us: Tall, *, zero: Tensor | None = None, reduce: Reduce | None = None, out: Tall | None = None
+    ) -> list[Tensor]:
+        """The retraction on stacks.
+
+        Args:
+            xs: stacks (b, n, p).
+            us: stacks of tangent displacements.
+            zero: mask of the zero displacements, as from `zero_matrices`.
+            reduce: sums a batch over ranks.
+            out: stacks that may be overwritten by the result; they may be the us, not the xs.
+        """
+        ys = _FORMS[self.form](self, xs, us, reduce, out)
+        if zero is None:
+            return ys
+        # Where a derivative is wanted, dy/du at u = 0 is the identity.
+        fixed = [x + u if u.requires_grad else x for x, u in zip(xs, us, strict=True)]
+        return keep_where(zero, fixed, ys)
+
+
+def _apply_normalizer(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None, out: Tall | None) -> list[Tensor]:
+    if out is None:
+        zs = [x + u for x, u in zip(xs, us, strict=True)]
+    else:
+        zs = [torch.add(x, u, out=o) for x, u, o in zip(xs, us, out, strict=True)]
+    return normalize(zs, r, reduce)
+
+
+def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None, out: Tall | None) -> list[Tensor]:
+    c, w, q = gram(xs, xs, reduce), gram(xs, us, reduce), gram(us, us, reduce)
+    far = distance_from_identity(q + identity_like(q))
+    _check_radius(r, far)
+    # The small matrices in float64: it costs next to nothing and removes most of the noise.
+    small = [m.double() for m in (c, w, q)]
+    a, b = fold(*r.function(small[1], small[2]), *small)  # type: ignore[misc]
+    moved = combine(xs, xs, (a - identity_like(a)).to(c.dtype))
+    ys = combine(moved, us, b.to(c.dtype))
+    return ys if far is None or far <= NEAR else normalize(ys, polar, reduce)
+
+
+def _apply_ambient(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None, out: Tall | None) -> list[Tensor]:
+    return [r.function(x, u) for x, u in zip(xs, us, strict=True)]  # type: ignore[misc]
+
+
+_FORMS = {"normalizer": _apply_normalizer, "gram": _apply_gram, "ambient": _apply_ambient}
+
+
+def _check_radius(r: Retraction, far: float | None) -> None:
+    """Refuse ||u||_2^2 = far beyond the radius (far is a bound, up to sqrt(p) above the square itself)."""
+    if far is not None and far > r.radius * r.radius:
+        raise StepError(
+            f"{r.name} accepts steps up to ||u||_2 = {r.radius:g}, and this one may be as long as {math.sqrt(far):.3g}: "
+            f"lower the learning rate or use retraction='polar', which takes any step."
+        )
+
+
+def normalize(zs: Tall, r: Retraction, reduce: Reduce | None = None) -> list[Tensor]:
+    """y = z t, t^T z^T z t = I by a normalizer; again while z was too far from orthonormal for one pass.
+
+    Args:
+        zs: stacks (b, n, p) of full column rank.
+        r: a retraction of the normalizer form.
+        reduce: sums a batch over ranks.
+
+    Cost: 4 n p^2 flops and two passes when ||z^T z - I|| <= 1. Beyond, on the CPU, further passes, from 8 on in
+    float64. An accelerator, where the host must not look, always does one: its residual of about
+    eps (1 + norm(u)^2) is repaired by the next step.
+    """
+    dtype = zs[0].dtype
+    for turn in range(PASSES):
+        g = gram(zs, zs, reduce)
+        far = distance_from_identity(g)
+        if turn == 0:
+            _check_radius(r, far)
+        if far is not None and far > FAR and g.dtype == torch.float32:
+            zs = [z.double() for z in zs]
+            g = gram(zs, zs, reduce)
+        ys = combine(zs, zs, r.function(g))  # type: ignore[arg-type]
+        if far is None or far <= NEAR:
+            return [y.to(dtype) for y in ys]
+        zs = ys
+    raise StepError(
+        f"the step is too long to be retracted: after {PASSES} passes ||y^T y - I|| is still {far:.2g} "
+        f"(nan or inf where the displacement itself was not finite). Lower the learning rate or clip the gradient."
+    )
+
+
+_registry: Registry[Retraction] = Registry("retraction")
+names, get = _registry.names, _registry.get
+
+
+def register(
+    name: str,
+    *,
+    form: str = "gram",
+    order: Mapping[str, float] | None = None,
+    radius: float = math.inf,
+    equivariance: str = "both",
+) -> Callable[[Callable[..., object]], Retraction]:
+    """Decorator that adds a retraction.
+
+    Args:
+        name: the word that ``Stiefel(retraction=...)`` will accept.
+        form: "gram": ``f(w, q) -> (a, b)``, p x p, y = x a + u b, with w = x^T u and q = u^T u for orthonormal x;
+            drift correction and the zero step are the library's. "ambient": ``f(x, u) -> y`` on stacks
+            (B, n, p). "normalizer": ``f(g) -> t - I``, y = (x + u) t, with g = (x + u)^T (x + u).
+        order: declared order for each metric, for example {"canonical": 1, "euclidean": 2}; default 1.
+        radius: largest ||u||_2 it accepts.
+        equivariance: "both" or "left".
+    """
+    if form not in FORMS:
+        raise ConfigError(f"retraction {name!r} was given form={form!r}; use one of {', '.join(map(repr, FORMS))}.")
+    if equivariance not in ("both", "left"):
+        raise ConfigError(f"retraction {name!r} was given equivariance={equivariance!r}; use 'both' or 'left'.")
+    declared = {"euclidean": 1, "canonical": 1} if order is None else dict(order)
+    return lambda function: _registry.add(name, Retraction(name, form, function, declared, radius, equivariance))
+
+
+@register("polar", form="normalizer", order={"euclidean": 2, "canonical": 1})
+def polar(g: Tensor) -> Tensor:
+    """y = z (z^T z)^(-1/2), z = x + u: the nearest point (Absil & Malick 2012)."""
+    return inverse_sqrt_increment(g)
+
+
+@register("qr", form="normalizer", order={"euclidean": 1, "canonical": 1}, equivariance="left")
+def qr(g: Tensor) -> Tensor:
+    """y = qf(x + u) with a positive diagonal, by Cholesky of the Gram (Yamamoto et al. 2015, CholeskyQR2)."""
+    return cholesky_inverse_increment(g)
+
+
+@register("cayley", order={"euclidean": 1, "canonical": 2})
+def cayley(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Cayley transform of the tangent vector's skew matrix, one p x p solve (Wen & Yin 2013)."""
+    eye = identity_like(w)
+    b = torch.linalg.solve_ex(eye - 0.5 * w + 0.25 * (q - w.mT @ w), eye.expand_as(w)).result
+    return (2 * eye - w) @ b - eye, b
+
+
+def _exponential(w: Tensor, q: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Blocks M, N of exp([[rate w, -k/s], [s I, 0]]), k = q - w^T w, as (M - w N / s, N / s).
+
+    The balance s = ||k||^(1/2) keeps both off-diagonal blocks alike, without which the error grows with 1/||u||.
+    """
+    p = w.shape[-1]
+    k = q - w.mT @ w
+    s = norm(k).sqrt().clamp_min(torch.finfo(w.dtype).eps)
+    upper = torch.cat((rate * w, -k / s), -1)
+    lower = torch.cat((s * identity_like(w), torch.zeros_like(w)), -1)
+    e = torch.linalg.matrix_exp(torch.cat((upper, lower), -2))
+    n = e[..., p:, :p] / s
+    return e[..., :p, :p] - w @ n, n
+
+
+def exp_canonical(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Geodesic of the canonical metric (Edelman, Arias & Smith 1998, corollary 2.2), without their QR."""
+    return _exponential(w, q, 1.0)
+
+
+def exp_euclidean(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Geodesic of the Euclidean metric (Edelman, Arias & Smith 1998, section 2.2.2)."""
+    a, b = _exponential(w, q, 2.0)
+    turn = torch.linalg.matrix_exp(-w)
+    return a @ turn, b @ turn
+
+
+exp = _registry.add(
+    "exp",
+    Retraction(
+        "exp",
+        "gram",
+        exp_canonical,
+        {"euclidean": EXACT, "canonical": EXACT},
+        variants={"canonical": exp_canonical, "euclidean": exp_euclidean},
+    ),
+)
+# Five scaled steps from ||z^T z - I|| <= 1 leave 6e-13.
+newton_schulz = register("newton_schulz", form="normalizer", order={"euclidean": 2, "canonical": 1}, radius=1.0)(
+    partial(inverse_sqrt_increment, steps=5)
+)
+
+
+@register("svd", form="ambient", order={"euclidean": 2, "canonical": 1})
+def svd(x: Tensor, u: Tensor) -> Tensor:
+    """The polar retraction by batched thin SVD of x + u: the reference, about thirty times dearer."""
+    return svd_factor(x + u)
