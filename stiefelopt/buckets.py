@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from torch import Tensor
 from .errors import StepError
 from .gram import split
 from .placement import Placement
+from .retractions import OpenSum
 from .shapes import compute_dtype
 
-# Bytes of points per bucket on the CPU: three stacks of it lie in the second-level caches of two cores.
-CPU_BUCKET_BYTES = 2**20
+# Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
+CPU_BUCKET_BYTES = 8 * 2**20
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """One constrained parameter."""
 
@@ -33,8 +35,8 @@ class Slot:
 class Stack:
     """Parameters of one shape and placement, with the workspaces that hold their points and gradients.
 
-    The workspaces have the parameters' own layout, so that gathering is one contiguous copy and the inner
-    optimizer sees gradients laid out like its parameters; `xs` and `gs` are tall views of them.
+    The workspaces have the parameters' own memory layout, so that gathering is one straight copy and the inner
+    optimizer sees gradients laid out like its parameters; `xs` and `work` are tall views of them.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
@@ -42,38 +44,44 @@ class Stack:
         self.params = [s.p for s in slots]
         first = slots[0]
         self.scale = first.placement.scale(first.p.shape)
-        shape = (len(slots), *first.p.shape)
-        dtype = compute_dtype(first.p.dtype)
-        self._points = torch.empty(shape, dtype=dtype, device=first.p.device)
-        self._work = torch.empty_like(self._points)
-        self.xs, self.ds = self._tall(self._points), self._tall(self._work)
+        # Column-major parameters, as LAPACK's QR and SVD return them, are gathered as they lie.
+        self._flipped = is_flipped(first.p)
+        self._points, self._work = self._workspace(), self._workspace()
+        self.xs, self.work = self._tall(self._points), self._tall(self._work)
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
-        self._dense = all(p.is_contiguous() for p in self.params)
-        self._grads = list(self._work) if self._dense else [torch.empty_like(p) for p in self.params]
-        self._points_of = list(self._points)
+        self._dense = self._flipped or all(p.is_contiguous() for p in self.params)
+        self._points_of, self._work_of = list(self._points), list(self._work)
+        self._grads = self._work_of if self._dense else [torch.empty_like(p) for p in self.params]
         self._own_grads: list[Tensor | None] = []
+
+    def _workspace(self) -> Tensor:
+        """(k, *shape), each piece laid out like a parameter."""
+        p = self.params[0]
+        shape = (len(self.params), *(p.mT if self._flipped else p).shape)
+        space = torch.empty(shape, dtype=compute_dtype(p.dtype), device=p.device)
+        return space.mT if self._flipped else space
 
     def _tall(self, workspace: Tensor) -> Tensor:
         """The workspace (k, *shape) as one stack (b, n, p), a view."""
         placement, shape = self.slots[0].placement, self.params[0].shape
-        matrices = workspace.view(-1, *placement.matrix_shape(shape)[-2:])
+        matrices = workspace if workspace.ndim == 3 else workspace.view(-1, *placement.matrix_shape(shape)[-2:])
         return matrices.mT if placement.is_rows(shape) else matrices
-
-    @property
-    def matrices_each(self) -> int:
-        """How many matrices one parameter holds."""
-        return self.xs.shape[0] // len(self.slots)
 
     def load(self) -> None:
         """Copy points and gradients in."""
-        torch.stack(self.params, out=self._points)
-        torch.stack([p.grad for p in self.params], out=self._work)  # type: ignore[misc]
+        self._gather(self.params, self._points)
+        self._gather([p.grad for p in self.params], self._work)  # type: ignore[misc]
+
+    def _gather(self, tensors: list[Tensor], workspace: Tensor) -> None:
+        if self._flipped:
+            tensors, workspace = [t.mT for t in tensors], workspace.mT
+        torch.stack(tensors, out=workspace)
 
     def lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
         self._own_grads = [p.grad for p in self.params]
         if not self._dense:
-            torch._foreach_copy_(self._grads, list(self._work))
+            torch._foreach_copy_(self._grads, self._work_of)
         for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
             p.grad = grad if kept else None
 
@@ -83,18 +91,23 @@ class Stack:
             p.grad = grad
         self._own_grads = []
 
-    def load_displacements(self) -> None:
-        """What the inner optimizer did to the parameters, scaled, into the work space."""
-        torch.stack(self.params, out=self._work)
-        self._work.sub_(self._points)
-        if self.scale != 1.0:
-            self._work.mul_(self.scale)
+    def load_moved(self) -> None:
+        """Where the inner optimizer left the parameters, into the work space."""
+        self._gather(self.params, self._work)
 
-    def store(self, ys: Tensor) -> None:
+    def reset_moved(self, index: Sequence[int]) -> None:
+        """Pretend that the inner optimizer left these parameters where they were."""
+        for i in index:
+            self._work[i] = self._points[i]
+
+    def store(self, y: OpenSum) -> None:
         """Write new points (b, n, p) to the parameters."""
-        shape = self.params[0].shape
-        flat = ys.mT if self.slots[0].placement.is_rows(shape) else ys
-        torch._foreach_copy_(self.params, list(flat.reshape(-1, *shape)))
+        z, dz = y
+        if dz is not None:
+            torch.add(z, dz, out=self.work)
+        elif z is not self.work:
+            self.work.copy_(z)
+        torch._foreach_copy_(self.params, self._work_of)
 
     def restore(self) -> None:
         """Put the parameters back to where they were when they were loaded."""
@@ -108,7 +121,7 @@ class Bucket:
         self.stacks = stacks
         self.manifold = stacks[0].slots[0].placement.manifold
         self.xs = [s.xs for s in stacks]
-        self.ds = [s.ds for s in stacks]
+        self.work = [s.work for s in stacks]
         self._limit = torch.finfo(self.xs[0].dtype).max / (4 * self.xs[0].shape[-1])
 
     def convert_gradients(self) -> list[Slot]:
@@ -118,7 +131,7 @@ class Bucket:
         """
         for stack in self.stacks:
             stack.load()
-        k = self.manifold.stacked_gradient(self.xs, self.ds)  # type: ignore[attr-defined]
+        k = self.manifold.stacked_gradient(self.xs, self.work)  # type: ignore[attr-defined]
         return self._non_finite(k)
 
     def _non_finite(self, small: Tensor) -> list[Slot]:
@@ -141,21 +154,26 @@ class Bucket:
         Raises:
             StepError: a displacement is not finite, or cannot be retracted.
         """
+        manifold: Any = self.manifold
         for stack in self.stacks:
-            stack.load_displacements()
-        w = self.manifold.stacked_overlap(self.xs, self.ds)  # type: ignore[attr-defined]
-        bad = self._non_finite(w)
+            stack.load_moved()
+        overlap = manifold.stacked_overlap(self.xs, self.work)
+        bad = self._non_finite(overlap)
         if bad:
             if not skip_bad:
                 raise StepError(f"the inner optimizer moved {bad[0].label!r} to NaN or Inf")
             for stack in self.stacks:
-                rows = [i for i, slot in enumerate(stack.slots) if slot in bad]
-                stack._work[rows] = 0.0
-            w = self.manifold.stacked_overlap(self.xs, self.ds)  # type: ignore[attr-defined]
-        ys = self.manifold.stacked_move(self.xs, self.ds, w)  # type: ignore[attr-defined]
+                stack.reset_moved([i for i, slot in enumerate(stack.slots) if slot in bad])
+            overlap = manifold.stacked_overlap(self.xs, self.work)
+        ys = manifold.stacked_move(self.xs, self.work, overlap, [s.scale for s in self.stacks])
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
         return bad
+
+
+def is_flipped(p: Tensor) -> bool:
+    """Whether a matrix lies column by column."""
+    return p.ndim == 2 and not p.is_contiguous() and p.mT.is_contiguous()
 
 
 def make_buckets(slots: Sequence[Slot]) -> list[Bucket]:
@@ -165,7 +183,7 @@ def make_buckets(slots: Sequence[Slot]) -> list[Bucket]:
         p, placement = slot.p, slot.placement
         width = placement.as_tall(p).shape[-1] if p.numel() else 0
         family = families.setdefault((placement.manifold, width, p.dtype, p.device), {})
-        family.setdefault((placement, p.shape), []).append(slot)
+        family.setdefault((placement, p.shape, is_flipped(p)), []).append(slot)
     return [
         Bucket([Stack(chunk) for chunk in chunks])
         for heights in families.values()

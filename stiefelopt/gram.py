@@ -8,6 +8,7 @@ all heights form one batch ``(B, p, p)``, B the sum of the b, in the order of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,6 +51,11 @@ def split(small: Tensor, like: Tall) -> tuple[Tensor, ...]:
     return (small,) if len(like) == 1 else small.split([x.shape[0] for x in like])
 
 
+def products(xs: Tall, t: Tensor) -> list[Tensor]:
+    """x t for every matrix: stacks (b, n, p) times (B, p, p). Cost: 2 n p^2 flops, one pass."""
+    return [torch.bmm(x, s) for x, s in zip(xs, split(t, xs), strict=True)]
+
+
 def combine(zs: Tall, xs: Tall, t: Tensor, *, alpha: float = 1.0, out: Tall | None = None) -> list[Tensor]:
     """z + alpha x t for every matrix: the increment form, which rounds three times better than x (I + t).
 
@@ -70,37 +76,52 @@ def combine(zs: Tall, xs: Tall, t: Tensor, *, alpha: float = 1.0, out: Tall | No
     return list(out)
 
 
-def fold(a: Tensor, b: Tensor, c: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Self-correction: one Newton-Schulz step on the Gram that y = x a + u b is going to have.
-
-    With c = x^T x, w = x^T u, q = u^T u the Gram of the result is
-    G = a^T c a + a^T w b + (a^T w b)^T + b^T q b; both coefficients are multiplied by (3 I - G) / 2, so that
-    drift in x (c != I) shrinks quadratically instead of adding up.
+def predicted_gram(a: Tensor, b: Tensor, c: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    """G = a^T c a + a^T w b + (a^T w b)^T + b^T q b, the Gram that y = x a + u b is going to have.
 
     Args:
-        a: (B, p, p), likewise b, c, w and q.
+        a: (B, p, p), likewise b, c = x^T x, w = x^T u and q = u^T u.
     """
     cross = a.mT @ w @ b
-    g = a.mT @ c @ a + cross + cross.mT + b.mT @ q @ b
+    return a.mT @ c @ a + cross + cross.mT + b.mT @ q @ b
+
+
+def fold(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Self-correction: one Newton-Schulz step on the predicted Gram, the same for every retraction.
+
+    Both coefficients are multiplied by (3 I - G) / 2, so that drift in x (c != I) shrinks quadratically instead of
+    adding up.
+    """
     t = 1.5 * identity_like(g) - 0.5 * g
     return a @ t, b @ t
 
 
-def zero_matrices(us: Tall, w: Tensor | None = None) -> Tensor | None:
-    """Mask (B,) of the displacements that are exactly zero; None when there is none.
-
-    Args:
-        us: stacks (b, n, p).
-        w: x^T u where it is at hand. On the CPU the tall scan then runs only if some x^T u vanishes, which
-            it must for a zero u.
+def zero_matrices(us: Tall) -> Tensor | None:
+    """Mask (B,) of the displacements that are exactly zero; on the CPU None when there is none.
 
     On an accelerator the mask is always returned, so that nothing waits for the device.
     """
-    on_host = us[0].device.type == "cpu"
-    if on_host and w is not None and not bool((w == 0).all(-1).all(-1).any()):
-        return None
-    mask = torch.cat([(u == 0).all(-1).all(-1) for u in us])
-    return mask if not on_host or bool(mask.any()) else None
+    return _mask_or_none(torch.cat([(u == 0).all(-1).all(-1) for u in us]))
+
+
+def unmoved_matrices(xs: Tall, ms: Tall, e: Tensor) -> Tensor | None:
+    """Mask (B,) of the matrices whose moved copy m equals x bit for bit; on the CPU None when there is none.
+
+    Args:
+        xs: stacks (b, n, p).
+        ms: stacks of the same shapes.
+        e: x^T m - I, which is no larger than the drift of x where m equals x. On the CPU the tall scan runs only
+            if some e is that small.
+    """
+    if e.device.type == "cpu" and e.numel():
+        drift = math.sqrt(torch.finfo(e.dtype).eps)
+        if not bool(e.abs().amax((-2, -1)).amin() <= drift):
+            return None
+    return _mask_or_none(torch.cat([(x == m).all(-1).all(-1) for x, m in zip(xs, ms, strict=True)]))
+
+
+def _mask_or_none(mask: Tensor) -> Tensor | None:
+    return mask if mask.device.type != "cpu" or bool(mask.any()) else None
 
 
 def keep_where(mask: Tensor | None, xs: Tall, ys: Tall) -> list[Tensor]:

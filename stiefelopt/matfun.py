@@ -6,6 +6,8 @@ stay differentiable at repeated eigenvalues, where the derivative of an eigendec
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,18 +24,15 @@ def host_can_look(a: Tensor) -> bool:
 
 
 def distance_from_identity(g: Tensor) -> float | None:
-    """Upper bound of max ||g - I||_2 over the batch on the CPU; None where looking would synchronize.
+    """max ||g - I||_F over the batch, a bound of the spectral norm, on the CPU; None where looking would synchronize.
 
-    The smaller of the largest row sum and the Frobenius norm, both of which bound the spectral norm.
     NaN stays NaN.
     """
     if not host_can_look(g):
         return None
     if g.numel() == 0:
         return 0.0
-    e = g.detach() - identity_like(g)
-    rows = e.abs().sum(-1).amax(-1)
-    return torch.minimum(rows, torch.linalg.matrix_norm(e)).amax().item()
+    return torch.linalg.matrix_norm(g.detach() - identity_like(g)).amax().item()
 
 
 def iterations_needed(e: float, dtype: torch.dtype) -> int:
@@ -48,21 +47,53 @@ def iterations_needed(e: float, dtype: torch.dtype) -> int:
 
 
 def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
-    r"""g^(-1/2) - I of symmetric positive definite matrices, by the coupled Newton-Schulz iteration.
+    r"""g^(-1/2) - I of symmetric positive definite matrices, by matrix products alone.
 
-    y_0 = g / s, z_0 = I, t_k = (3 I - z_k y_k) / 2, y_{k+1} = y_k t_k, z_{k+1} = t_k z_k, z_k -> (g / s)^(-1/2).
+    Near I the binomial series in e = g - I, cut where the next term is below rounding; elsewhere, and wherever the
+    host must not look, the coupled Newton-Schulz iteration, y_0 = g / s, z_0 = I,
+    t_k = (3 I - z_k y_k) / 2, y_{k+1} = y_k t_k, z_{k+1} = t_k z_k, z_k -> (g / s)^(-1/2).
 
     Args:
         g: (*b, p, p), symmetric positive definite.
-        steps: iterations. Default: as many as the distance of g from I asks for (CPU), or 16.
+        steps: exactly so many scaled iterations. Default: as many as the distance of g from I asks for on the
+            CPU, 16 elsewhere.
 
     Returns:
         (*b, p, p). The increment is kept apart from I so that a g near I loses nothing to rounding.
 
-    Cost: 3 (steps - 1) products of p x p; one look at the data on the CPU, none elsewhere.
+    Cost: none, one or two products of p x p near I, 3 (steps - 1) beyond; one or two looks at the data on the
+        CPU, none elsewhere.
     Accuracy: a few eps times the condition number of g.
     Reference: Higham, Functions of Matrices (2008), section 6.3 and eq. 6.35.
     """
+    # Differentiated, the value must have converged in its derivatives too, which a cut series has not.
+    if steps is None and host_can_look(g) and g.numel() and not g.requires_grad:
+        series = _inverse_sqrt_series(g - identity_like(g))
+        if series is not None:
+            return series
+    return _newton_schulz(g, steps)
+
+
+def _inverse_sqrt_series(e: Tensor) -> Tensor | None:
+    """(I + e)^(-1/2) - I = -1/2 e + 3/8 e^2 - 5/16 e^3 + 35/128 e^4 - ..., or None where e is too large for it."""
+    goal = 0.25 * torch.finfo(e.dtype).eps
+    size = torch.linalg.matrix_norm(e).amax().item()
+    if not size < 1:
+        return None
+    if 3 / 8 * size**2 <= goal:
+        return -0.5 * e
+    square = e @ e
+    # e is symmetric, so ||e||_2^2 = ||e^2||_2: a bound nearer to the spectral norm.
+    size = min(size, math.sqrt(torch.linalg.matrix_norm(square).amax().item()))
+    if 5 / 16 * size**3 <= goal:
+        return torch.add(3 / 8 * square, e, alpha=-0.5)
+    if 63 / 256 * size**5 <= goal:
+        tail = torch.add(35 / 128 * square, e, alpha=-5 / 16) + 3 / 8 * identity_like(e)
+        return torch.add(square @ tail, e, alpha=-0.5)
+    return None
+
+
+def _newton_schulz(g: Tensor, steps: int | None) -> Tensor:
     eye = identity_like(g)
     e = distance_from_identity(g)
     scale = None
@@ -71,12 +102,10 @@ def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
         scale = torch.minimum(g.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(g)).detach()[..., None, None]
         scale = scale.clamp_min(torch.finfo(g.dtype).tiny)
         g = g / scale
-    if steps is None:
-        steps = _steps_for(g, e, scale)
     t = -0.5 * (g - eye)
     z = t  # z - I
     y = g
-    for _ in range(steps - 1):
+    for _ in range((_adaptive_steps(g, e, scale) if steps is None else steps) - 1):
         y = y + y @ t
         t = -0.5 * (y - eye + z @ y)
         z = z + t + t @ z
@@ -86,15 +115,17 @@ def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
     return z * root + eye * (root - 1)
 
 
-def _steps_for(g: Tensor, e: float | None, scale: Tensor | None) -> int:
+def _adaptive_steps(g: Tensor, e: float | None, scale: Tensor | None) -> int:
+    """How many iterations g, already scaled, needs; 16 where the host must not look."""
     if e is None:
         return BLIND_ITERATIONS
     if not e < float("inf"):
         return 1
     if scale is not None:
-        # The Gram of x + u has no eigenvalue below 1 when u is tangent.
-        e = 1 - 1 / max(1.0, scale.max().item())
-    # Differentiated, the iteration must have converged in its derivative too: one more step.
+        # The smallest eigenvalue is at least 1 - e, and for the Gram of x + u with u tangent at least 1: enough for
+        # e >= 1, since normalize() looks at what came out and passes again where it was less.
+        smallest = 1 - e if e < 1 else 1.0
+        e = 1 - smallest / max(1.0, scale.max().item())
     return max(1, iterations_needed(e, g.dtype)) + int(g.requires_grad)
 
 

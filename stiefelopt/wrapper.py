@@ -37,6 +37,8 @@ def check_optimizer(optimizer: object) -> Optimizer:
         raise ConfigError("the optimizer is wrapped already; add further groups with add_param_group.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}.")
+    if any(isinstance(hook, _BeforeHook) for hook in optimizer._optimizer_step_pre_hooks.values()):
+        raise ConfigError("the optimizer is attached already, and would be converted twice; call handle.remove() first.")
     for cls in type(optimizer).__mro__:
         if cls.__module__.startswith("torch.optim") and cls.__name__ in _REFUSED:
             raise ConfigError(f"{cls.__name__} cannot be wrapped: it {_REFUSED[cls.__name__]}.")
@@ -50,8 +52,9 @@ def label_of(group: Mapping[str, Any], group_index: int, index: int) -> object:
 
 
 def settings_of(group: Mapping[str, Any]) -> Settings:
-    """A copy of what a group says about its manifold."""
-    return {key: group[key] for key in KEYS if key in group}
+    """A copy of what a group says about its manifold; of the spec too, which may be changed in place."""
+    found = {key: group[key] for key in KEYS if key in group}
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in found.items()}
 
 
 class ManifoldStep:
@@ -122,7 +125,7 @@ class ManifoldStep:
                 continue
             placement = read_placement(group)
             for i, p in enumerate(group["params"]):
-                if not with_gradient or p.grad is not None:
+                if not with_gradient or (p.grad is not None and p.numel()):
                     found.append(Slot(p, label_of(group, g, i), placement))
         return found
 
@@ -145,11 +148,15 @@ class ManifoldStep:
         return self._buckets
 
     def _sign(self) -> list[tuple[Settings, list[Tensor]]]:
-        return [
-            (settings_of(group), [p for p in group["params"] if p.grad is not None])
-            for group in self.optimizer.param_groups
-            if group.get("manifold") is not None
-        ]
+        """All that the buckets were made from."""
+        signs = []
+        for group in self.optimizer.param_groups:
+            if group.get("manifold") is not None:
+                params = [p for p in group["params"] if p.grad is not None]
+                settings = settings_of(group)
+                settings["storage"] = {(p.dtype, p.device) for p in params}
+                signs.append((settings, params))
+        return signs
 
     # The step
 
@@ -180,7 +187,7 @@ class ManifoldStep:
         """
         self.return_gradients()
         try:
-            for bucket in self._buckets:
+            for bucket in reversed(self._buckets):  # the last parameters stepped are still in the cache
                 self.skipped += len(bucket.move(skip_bad=self.nonfinite == "skip"))
         except BaseException as error:
             self.restore_points()
@@ -329,6 +336,8 @@ class RiemannianWrapper(Optimizer):
             raise ConfigError(f"a parameter group is a dict with the key 'params', got {type(param_group).__name__}.")
         group = dict(param_group)
         params = group.get("params")
+        if isinstance(params, set):
+            raise ConfigError("a set of parameters has no order, and the state would be mixed up on load; pass a list.")
         group["params"] = [params] if isinstance(params, Tensor) else list(params or ())
         named = [p for p in group["params"] if isinstance(p, tuple)]
         trial = {**self.defaults, **group, "params": [p[1] for p in named] if named else group["params"]}
@@ -374,20 +383,13 @@ class RiemannianWrapper(Optimizer):
             post(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: no workspaces, and not the step that a scheduler patched in."""
-        hooks = {k: v for k, v in self.__dict__.items() if k.startswith("_optimizer_")}
-        return {
-            "optimizer": self.optimizer,
-            "manifold": self.manifold,
-            "nonfinite": self._core.nonfinite,
-            **hooks,
-        }
+        """For pickle and deepcopy: as in torch without hooks, and not the step that a scheduler patched in."""
+        return {"optimizer": self.optimizer, "manifold": self.manifold, "nonfinite": self._core.nonfinite}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        nonfinite = state.pop("nonfinite")
+        self.optimizer, self.manifold = state["optimizer"], state["manifold"]
+        self._core = ManifoldStep(self.optimizer, state["nonfinite"])
         self._init_hooks()
-        self.__dict__.update(state)
-        self._core = ManifoldStep(self.optimizer, nonfinite)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
@@ -397,6 +399,22 @@ class RiemannianWrapper(Optimizer):
     def residuals(self) -> dict[object, float]:
         """Drift of every constrained parameter: max |x^T x - I| by parameter name, or by (group, index)."""
         return self._core.residuals()
+
+
+class _BeforeHook:
+    """The step pre-hook of `attach`; a class, so that an attached optimizer can be recognized."""
+
+    def __init__(self, core: ManifoldStep) -> None:
+        self._core = core
+
+    @torch.no_grad()
+    def __call__(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
+            raise ConfigError(
+                "an attached optimizer takes no closure, since hooks run before it; compute the gradients first and call "
+                "step(), or use RiemannianWrapper(optimizer)."
+            )
+        self._core.before()
 
 
 class AttachHandle:
@@ -430,16 +448,8 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
     core.adopt_all(None if manifold is None else from_spec(manifold))
 
     @torch.no_grad()
-    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
-            raise ConfigError(
-                "an attached optimizer takes no closure, since hooks run before it; compute the gradients first and call "
-                "step(), or use RiemannianWrapper(optimizer)."
-            )
-        core.before()
-
-    @torch.no_grad()
     def after(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         core.after()
 
-    return AttachHandle(core, [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)])
+    hooks = optimizer.register_step_pre_hook(_BeforeHook(core)), optimizer.register_step_post_hook(after)
+    return AttachHandle(core, hooks)

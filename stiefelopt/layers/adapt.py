@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .low_rank import LowRankLinear, linear_sizes
+from .low_rank import LowRankLinear, check_options, linear_sizes
 from .stella import StelLALinear
 
 Targets = str | Sequence[str]
@@ -51,10 +51,17 @@ def _find_targets(
         inside_saved = any(ends_with(prefix, saved) for prefix in _prefixes(name))
         if not name or inside_saved or (exclude is not None and _matches(name, exclude)):
             continue
+        # nn.MultiheadAttention reads its out_proj's weight and never calls it: an adapter there would not act.
+        dead = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
         if targets == "all-linear":
-            if _is_linear(module) and module is not head:
+            if _is_linear(module) and module is not head and not dead:
                 found.append((name, module))
         elif _matches(name, targets):
+            if dead:
+                raise ConfigError(
+                    f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it, so that an adapter "
+                    f"would do nothing; leave it out, or use an attention with linear layers of its own."
+                )
             found.append((name, module))
     if not found:
         linear = [name for name, module in model.named_modules() if name and _is_linear(module)]
@@ -109,6 +116,8 @@ def adapt(
     missing = [e for e in modules_to_save if not any(ends_with(name, [e]) for name, _ in model.named_modules())]
     if missing:
         raise ConfigError(f"modules_to_save names {missing[0]!r}, which no module of the model ends with.")
+    for n, m in sizes:
+        check_options(layer_options["r"], (n, m), layer_options.get("alpha"), layer_options.get("dropout", 0.0))
     if reference_dim is None:
         reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]
         print(f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}")

@@ -87,6 +87,8 @@ class LowRankLinear(nn.Module):
         self.register_buffer("V0", None)
         self.dropout = nn.Dropout(dropout)
         self._unmerged: Tensor | None = None
+        # torch's fast paths (nn.TransformerEncoderLayer in eval) read .weight and would pass the adapter by, but for a hook.
+        self.register_forward_pre_hook(_forbid_fast_path)
 
     @property
     def weight(self) -> Tensor:
@@ -226,6 +228,10 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Rank and scale, for print(model)."""
         return f"r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, diagonal={self.diagonal}, merged={self.merged}"
+
+
+def _forbid_fast_path(module: nn.Module, args: object) -> None:
+    """Nothing to do: that there is a hook is what counts."""
 
 
 def _plus_product(y: Tensor, h: Tensor, u: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, gram, identity_like, zero_matrices
+from ..gram import Reduce, Tall, gram, identity_like, split, sym, unmoved_matrices
+from ..retractions import OpenSum, normalize
 from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
 from .base import Manifold, register
 
@@ -106,7 +107,8 @@ class Stiefel(Manifold):
         z = torch.randn(shape, dtype=compute_dtype(dtype), device=source, generator=generator)
         q, r = torch.linalg.qr(z)
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-        return (q * signs[..., None, :]).to(dtype=dtype, device=device)
+        # LAPACK's columns lie one after the other; a parameter's rows should.
+        return (q * signs[..., None, :]).to(dtype=dtype, device=device).contiguous()
 
     def project_point(self, z: Tensor) -> Tensor:
         """The point nearest to z: its polar factor, by SVD; see `projections.polar_factor`."""
@@ -179,17 +181,42 @@ class Stiefel(Manifold):
         """Overwrite the stacks gs by Riemannian gradients; returns x^T g, in which every non-finite entry shows."""
         return self._metric.gradient(xs, gs, reduce, out=gs)[1]
 
-    def stacked_overlap(self, xs: Tall, ds: Tall, reduce: Reduce | None = None) -> Tensor:
-        """x^T d of every matrix, (B, p, p): all that projecting needs, and where a non-finite d shows."""
-        return gram(xs, ds, reduce)
+    def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
+        """x^T m - I, (B, p, p), for moved points m: x^T d of the displacement, where a non-finite one shows."""
+        w = gram(xs, ms, reduce)
+        return w - identity_like(w)
 
-    def stacked_move(self, xs: Tall, ds: Tall, w: Tensor, reduce: Reduce | None = None) -> list[Tensor]:
-        """Project the displacements ds (overwritten), w their overlap, and retract them: the new points."""
-        zero = zero_matrices(ds, w)
-        us: Tall = ds
+    def stacked_move(
+        self, xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float], reduce: Reduce | None = None
+    ) -> list[OpenSum]:
+        """Scale and project the displacements m - x and retract them: the new points, as open sums.
+
+        Args:
+            xs: stacks (b, n, p), the points.
+            ms: the moved points; overwritten.
+            e: their overlap.
+            scales: factor of the displacement, for each stack.
+            reduce: sums a batch over ranks.
+        """
+        unmoved = unmoved_matrices(xs, ms, e)
+        if unmoved is None and self.projection == "tangent" and self._retraction.form == "normalizer":
+            return normalize(_projected(xs, ms, e, scales), self._retraction, reduce)
+        ds = [torch.sub(m, x, out=m) for x, m in zip(xs, ms, strict=True)]
+        for d, scale in zip(ds, scales, strict=True):
+            if scale != 1.0:
+                d.mul_(scale)
         if self.projection != "none":
-            us = projections.get(self.projection).apply(xs, ds, w=w, reduce=reduce, out=ds)
-        return self._retraction.apply(xs, us, zero=zero, reduce=reduce, out=us)
+            ds = projections.get(self.projection).apply(xs, ds, reduce=reduce, out=ds)
+        return [(y, None) for y in self._retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
+
+
+def _projected(xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float]) -> list[Tensor]:
+    """x + s (d - x sym(x^T d)) with d = m - x as s m + x ((1 - s) I - s sym(e)): one product, no pass for d."""
+    zs = []
+    for x, m, small, s in zip(xs, ms, split(sym(e), xs), scales, strict=True):
+        t = -small if s == 1.0 else (1 - s) * identity_like(small) - s * small
+        zs.append(torch.baddbmm(m, x, t, beta=s, out=m))
+    return zs
 
 
 def _as_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
