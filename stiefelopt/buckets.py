@@ -6,18 +6,20 @@ small enough for the cache, so that the passes after the first cost little; on a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .errors import StepError
 from .gram import split
 from .placement import Placement
+from .precision import Masters
 from .retractions import OpenSum
-from .shapes import compute_dtype
+from .shapes import HALF, compute_dtype
 
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
 CPU_BUCKET_BYTES = 8 * 2**20
@@ -39,9 +41,11 @@ class Stack:
     optimizer sees gradients laid out like its parameters; `xs` and `work` are tall views of them.
     """
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
+    def __init__(self, slots: Sequence[Slot], optimizer: Optimizer) -> None:
         self.slots = slots
         self.params = [s.p for s in slots]
+        self._optimizer = optimizer
+        self._masters = Masters(self.params, optimizer) if self.params[0].dtype in HALF else None
         first = slots[0]
         self.scale = first.placement.scale(first.p.shape)
         # Column-major parameters, as LAPACK's QR and SVD return them, are gathered as they lie.
@@ -51,8 +55,14 @@ class Stack:
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
         self._dense = self._flipped or all(p.is_contiguous() for p in self.params)
         self._points_of, self._work_of = list(self._points), list(self._work)
-        self._grads = self._work_of if self._dense else [torch.empty_like(p) for p in self.params]
+        self._grads = (
+            self._work_of
+            if self._dense
+            else [torch.empty_like(p, dtype=self._work.dtype) for p in self.params]
+        )
         self._own_grads: list[Tensor | None] = []
+        self._stepped: Sequence[Tensor] = self.params
+        self._kept: Sequence[bool] = []
 
     def _workspace(self) -> Tensor:
         """(k, *shape), each piece laid out like a parameter."""
@@ -64,36 +74,45 @@ class Stack:
     def _tall(self, workspace: Tensor) -> Tensor:
         """The workspace (k, *shape) as one stack (b, n, p), a view."""
         placement, shape = self.slots[0].placement, self.params[0].shape
-        matrices = workspace if workspace.ndim == 3 else workspace.view(-1, *placement.matrix_shape(shape)[-2:])
+        matrices = (
+            workspace if workspace.ndim == 3 else workspace.view(-1, *placement.matrix_shape(shape)[-2:])
+        )
         return matrices.mT if placement.is_rows(shape) else matrices
 
     def load(self) -> None:
         """Copy points and gradients in."""
-        self._gather(self.params, self._points)
+        self._gather(self._masters.values() if self._masters else self.params, self._points)
         self._gather([p.grad for p in self.params], self._work)  # type: ignore[misc]
 
-    def _gather(self, tensors: list[Tensor], workspace: Tensor) -> None:
+    def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
+        if tensors[0].dtype != workspace.dtype:
+            tensors = [t.to(workspace.dtype) for t in tensors]
         if self._flipped:
             tensors, workspace = [t.mT for t in tensors], workspace.mT
-        torch.stack(tensors, out=workspace)
+        torch.stack(list(tensors), out=workspace)
 
     def lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
-        self._own_grads = [p.grad for p in self.params]
+        self._own_grads, self._kept = [p.grad for p in self.params], keep
+        if self._masters:
+            self._masters.enter(list(self._points.clone()))
         if not self._dense:
             torch._foreach_copy_(self._grads, self._work_of)
         for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
             p.grad = grad if kept else None
 
     def return_gradients(self) -> None:
-        """Give every parameter its own gradient back."""
+        """Give every parameter its own gradient, and its own precision, back."""
+        if not self._own_grads:
+            return
+        self._stepped = self._masters.leave() if self._masters else self.params
         for p, grad in zip(self.params, self._own_grads, strict=True):
             p.grad = grad
         self._own_grads = []
 
     def load_moved(self) -> None:
         """Where the inner optimizer left the parameters, into the work space."""
-        self._gather(self.params, self._work)
+        self._gather(self._stepped, self._work)
 
     def reset_moved(self, index: Sequence[int]) -> None:
         """Pretend that the inner optimizer left these parameters where they were."""
@@ -108,6 +127,28 @@ class Stack:
         elif z is not self.work:
             self.work.copy_(z)
         torch._foreach_copy_(self.params, self._work_of)
+        if self._masters:
+            self._masters.keep(self._work_of, self._kept)
+
+    def moments(self, names: Sequence[str]) -> list[list[Tensor]]:
+        """The optimizer's tensors of these names, one list for each name that all parameters have."""
+        states = [self._optimizer.state.get(p, {}) for p in self.params]
+        found = [[state.get(name) for state in states] for name in names]
+        return [
+            ts for ts in found if all(isinstance(t, Tensor) and t.shape == self.params[0].shape for t in ts)
+        ]
+
+    def gather_tall(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Parameter-shaped tensors as a new stack (b, n, p)."""
+        space = self._workspace()
+        self._gather(tensors, space)
+        return self._tall(space)
+
+    def scatter_tall(self, tall: Tensor, tensors: Sequence[Tensor]) -> None:
+        """A stack (b, n, p) back to parameter-shaped tensors."""
+        placement, shape = self.slots[0].placement, self.params[0].shape
+        flat = tall.mT if placement.is_rows(shape) else tall
+        torch._foreach_copy_(list(tensors), list(flat.reshape(-1, *shape)))
 
     def restore(self) -> None:
         """Put the parameters back to where they were when they were loaded."""
@@ -145,8 +186,12 @@ class Bucket:
             if not ok
         ]
 
-    def move(self, *, skip_bad: bool) -> list[Slot]:
+    def move(self, *, skip_bad: bool, moments: Sequence[str] = ()) -> list[Slot]:
         """Bring the parameters from where the inner optimizer left them back to the manifold.
+
+        Args:
+            skip_bad: leave a point alone whose displacement is not finite.
+            moments: names of first moments in the optimizer's state, carried along where the manifold says so.
 
         Returns:
             The slots whose displacement was not finite and that were left where they are.
@@ -165,10 +210,20 @@ class Bucket:
             for stack in self.stacks:
                 stack.reset_moved([i for i, slot in enumerate(stack.slots) if slot in bad])
             overlap = manifold.stacked_overlap(self.xs, self.work)
-        ys = manifold.stacked_move(self.xs, self.work, overlap, [s.scale for s in self.stacks])
+        scales = [s.scale for s in self.stacks]
+        carry = manifold.stacked_transporter(self.xs, self.work, scales) if moments else None
+        ys = manifold.stacked_move(self.xs, self.work, overlap, scales)
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
+        if carry is not None:
+            self._carry_moments(carry, moments)
         return bad
+
+    def _carry_moments(self, carry: Callable[[int, Tensor, Tensor], Tensor], names: Sequence[str]) -> None:
+        """Transport the optimizer's first moments to the new points, which are in the work space."""
+        for i, stack in enumerate(self.stacks):
+            for tensors in stack.moments(names):
+                stack.scatter_tall(carry(i, stack.work, stack.gather_tall(tensors)), tensors)
 
 
 def is_flipped(p: Tensor) -> bool:
@@ -176,7 +231,7 @@ def is_flipped(p: Tensor) -> bool:
     return p.ndim == 2 and not p.is_contiguous() and p.mT.is_contiguous()
 
 
-def make_buckets(slots: Sequence[Slot]) -> list[Bucket]:
+def make_buckets(slots: Sequence[Slot], optimizer: Optimizer) -> list[Bucket]:
     """Sort slots into buckets and their stacks, keeping the order of parameters within each."""
     families: dict[object, dict[object, list[Slot]]] = {}
     for slot in slots:
@@ -185,7 +240,7 @@ def make_buckets(slots: Sequence[Slot]) -> list[Bucket]:
         family = families.setdefault((placement.manifold, width, p.dtype, p.device), {})
         family.setdefault((placement, p.shape, is_flipped(p)), []).append(slot)
     return [
-        Bucket([Stack(chunk) for chunk in chunks])
+        Bucket([Stack(chunk, optimizer) for chunk in chunks])
         for heights in families.values()
         for chunks in _fill(heights.values(), next(iter(heights.values()))[0].p.device)
     ]

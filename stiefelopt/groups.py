@@ -77,12 +77,9 @@ def constrain(
 
 def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
     path, _, leaf = name.rpartition(".")
-    try:
-        owner = module.get_submodule(path)
-    except AttributeError:
-        owner = None  # type: ignore[assignment]
+    owner = dict(module.named_modules()).get(path)
     p = None if owner is None else owner._parameters.get(leaf)
-    if p is None:
+    if owner is None or p is None:
         known = [n for n, _ in module.named_parameters()]
         shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         raise ConfigError(f"{type(module).__name__} has no parameter {name!r}; it has: {shown or 'none'}.")
@@ -151,7 +148,8 @@ def param_groups(
         index[key]["params"].append((name, p) if named else p)
     if not groups:
         raise ConfigError(
-            f"{type(model).__name__} has no parameter to train; unfreeze some (requires_grad_) or pass trainable_only=False."
+            f"{type(model).__name__} has no parameter to train; unfreeze some (requires_grad_) or "
+            "pass trainable_only=False."
         )
     return groups
 

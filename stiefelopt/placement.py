@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import ConfigError, NotOnManifoldError, ShapeError
 from .manifolds import Manifold, Stiefel, from_spec
-from .shapes import HALF, check_matrix
+from .shapes import check_matrix
 
 KEYS = ("manifold", "orientation", "view", "displacement_scale", "reference_dim", "gradient", "direction")
 ORIENTATIONS = ("columns", "rows", "auto")
@@ -68,7 +68,9 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
     if isinstance(placement.manifold, Stiefel):
         _one_of("direction", given.get("direction", "plain"), ("plain",))
         if "gradient" in given:
-            raise ConfigError("the group key 'gradient' belongs to FixedRank groups; leave it out of a Stiefel group.")
+            raise ConfigError(
+                "the group key 'gradient' belongs to FixedRank groups; leave it out of a Stiefel group."
+            )
     return placement
 
 
@@ -101,12 +103,14 @@ def check_parameter(label: object, p: Tensor, placement: Placement) -> None:
 
     Raises:
         ShapeError: a vector, an integer or complex tensor, an orientation that does not fit.
-        ConfigError: more than two dimensions and no view, half precision, a sharded tensor.
+        ConfigError: more than two dimensions and no view, a sharded tensor.
         NotOnManifoldError: not orthonormal.
     """
     name = f"parameter {label!r}" if isinstance(label, str) else f"parameter {label[1]} of group {label[0]}"  # type: ignore[index]
     if hasattr(p, "device_mesh"):
-        raise ConfigError(f"{name} is sharded (DTensor), which this version cannot step on a manifold; keep it replicated.")
+        raise ConfigError(
+            f"{name} is sharded (DTensor), which this version cannot step on a manifold; keep it replicated."
+        )
     if p.ndim < 2:
         raise ShapeError(
             f"{name} is a vector of shape {tuple(p.shape)} in a manifold group; matrices are needed: build the groups "
@@ -125,8 +129,6 @@ def check_parameter(label: object, p: Tensor, placement: Placement) -> None:
             f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out."
         )
     check_matrix(name, placement.as_tall(p.detach()))
-    if p.dtype in HALF:
-        raise ConfigError(f"{name} is {p.dtype}; keep constrained parameters in float32 (the rest of the model may be half).")
     try:
         placement.manifold.check(placement.as_tall(p.detach()))  # type: ignore[attr-defined]
     except NotOnManifoldError as error:

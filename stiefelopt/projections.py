@@ -30,7 +30,13 @@ class Projection:
         return on_stacks(lambda x, z: self.apply([x], [z])[0], x=x, z=z)
 
     def apply(
-        self, xs: Tall, zs: Tall, *, w: Tensor | None = None, reduce: Reduce | None = None, out: Tall | None = None
+        self,
+        xs: Tall,
+        zs: Tall,
+        *,
+        w: Tensor | None = None,
+        reduce: Reduce | None = None,
+        out: Tall | None = None,
     ) -> list[Tensor]:
         """The projection on stacks; w = x^T z where it is at hand already."""
         if self.form == "ambient":
@@ -51,7 +57,9 @@ def register(name: str, *, form: str = "gram") -> Callable[[Callable[..., Tensor
         form: "gram": ``f(w) -> s`` with w = x^T z, and the result is z - x s; "ambient": ``f(x, z) -> u``.
     """
     if form not in ("gram", "ambient"):
-        raise ConfigError(f"projection {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, z) -> u).")
+        raise ConfigError(
+            f"projection {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, z) -> u)."
+        )
     return lambda function: _registry.add(name, Projection(name, form, function))
 
 
@@ -76,7 +84,9 @@ def polar_factor(z: Tensor) -> Tensor:
     """
     check_matrix("z", z)
     if not bool(torch.isfinite(z).all()):
-        raise NotOnManifoldError("z holds NaN or Inf, and no orthonormal matrix is nearest to it; look where it was made.")
+        raise NotOnManifoldError(
+            "z holds NaN or Inf, and no orthonormal matrix is nearest to it; look where it was made."
+        )
     return on_stacks(svd_factor, z=z)
 
 
@@ -91,7 +101,7 @@ def svd_factor(z: Tensor) -> Tensor:
     z = z / torch.where(scale > 0, scale, torch.ones_like(scale))
     try:
         u, _, vh = torch.linalg.svd(z, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         if z.dtype == torch.float64:
             raise
         return svd_factor(z.double()).to(compute_dtype(z.dtype))

@@ -21,7 +21,18 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, StepError
-from .gram import Reduce, Tall, combine, fold, gram, identity_like, keep_where, predicted_gram, products, zero_matrices
+from .gram import (
+    Reduce,
+    Tall,
+    combine,
+    fold,
+    gram,
+    identity_like,
+    keep_where,
+    predicted_gram,
+    products,
+    zero_matrices,
+)
 from .matfun import cholesky_inverse_increment, distance_from_identity, inverse_sqrt_increment, norm
 from .projections import svd_factor
 from .registry import Registry
@@ -84,7 +95,9 @@ class Retraction:
     def coefficients(self, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """The small part: a, b with y = x a + u b for orthonormal x, w = x^T u, q = u^T u, all (*b, p, p)."""
         if self.form == "ambient":
-            raise ConfigError(f"retraction {self.name!r} has the ambient form: it has no p x p coefficients; call it on (x, u).")
+            raise ConfigError(
+                f"retraction {self.name!r} has the ambient form: it has no p x p coefficients; call it on (x, u)."
+            )
         if self.form == "gram":
             return self.function(w, q)  # type: ignore[return-value]
         t = self.function(identity_like(w) + w + w.mT + q) + identity_like(w)  # type: ignore[operator]
@@ -134,7 +147,7 @@ def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> lis
         return [y.float() for y in ys]
     # The small matrices in float64: it costs next to nothing and removes most of the noise.
     small = [m.double() for m in (c, w, q)]
-    a, b = r.function(small[1], small[2])  # type: ignore[misc]
+    a, b = r.coefficients(small[1], small[2])
     g = predicted_gram(a, b, *small)
     off = distance_from_identity(g)
     a, b = fold(a, b, g)
@@ -150,7 +163,8 @@ def _check_radius(r: Retraction, far: float | None) -> None:
     """Refuse ||u||_2^2 = far beyond the radius (far is a bound, up to sqrt(p) above the square itself)."""
     if far is not None and far > r.radius * r.radius:
         raise StepError(
-            f"{r.name} accepts steps up to ||u||_2 = {r.radius:g}, and this one may be as long as {math.sqrt(far):.3g}: "
+            f"{r.name} accepts steps up to ||u||_2 = {r.radius:g}, and this one may be as long as "
+            f"{math.sqrt(far):.3g}: "
             f"lower the learning rate or use retraction='polar', which takes any step."
         )
 
@@ -214,11 +228,17 @@ def register(
         equivariance: "both" or "left".
     """
     if form not in FORMS:
-        raise ConfigError(f"retraction {name!r} was given form={form!r}; use one of {', '.join(map(repr, FORMS))}.")
+        raise ConfigError(
+            f"retraction {name!r} was given form={form!r}; use one of {', '.join(map(repr, FORMS))}."
+        )
     if equivariance not in ("both", "left"):
-        raise ConfigError(f"retraction {name!r} was given equivariance={equivariance!r}; use 'both' or 'left'.")
+        raise ConfigError(
+            f"retraction {name!r} was given equivariance={equivariance!r}; use 'both' or 'left'."
+        )
     declared = {"euclidean": 1, "canonical": 1} if order is None else dict(order)
-    return lambda function: _registry.add(name, Retraction(name, form, function, declared, radius, equivariance))
+    return lambda function: _registry.add(
+        name, Retraction(name, form, function, declared, radius, equivariance)
+    )
 
 
 @register("polar", form="normalizer", order={"euclidean": 2, "canonical": 1})
@@ -279,9 +299,9 @@ exp = _registry.add(
     ),
 )
 # Six steps from ||z^T z - I|| <= 0.49 leave 3e-25, far below float64's rounding; one step would be POGO's.
-newton_schulz = register("newton_schulz", form="normalizer", order={"euclidean": 2, "canonical": 1}, radius=0.7)(
-    partial(inverse_sqrt_increment, steps=6)
-)
+newton_schulz = register(
+    "newton_schulz", form="normalizer", order={"euclidean": 2, "canonical": 1}, radius=0.7
+)(partial(inverse_sqrt_increment, steps=6))
 
 
 @register("svd", form="ambient", order={"euclidean": 2, "canonical": 1})
@@ -289,5 +309,7 @@ def svd(x: Tensor, u: Tensor) -> Tensor:
     """The polar retraction by batched thin SVD of x + u: the reference, about thirty times dearer."""
     try:
         return svd_factor(x + u)
-    except torch.linalg.LinAlgError as error:
-        raise StepError(f"x + u has no SVD, most likely because it is not finite ({error}); clip the gradient.") from None
+    except RuntimeError as error:  # torch.linalg.LinAlgError is one
+        raise StepError(
+            f"x + u has no SVD, most likely because it is not finite ({error}); clip the gradient."
+        ) from None

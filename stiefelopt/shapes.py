@@ -41,11 +41,14 @@ def check_matrix(name: str, x: object) -> Tensor:
     if x.dtype not in REAL:
         raise ShapeError(f"{name} is {x.dtype}; a floating-point dtype is needed: call .float() first.")
     if x.ndim < 2:
-        raise ShapeError(f"{name} has shape {tuple(x.shape)}; a matrix (*b, n, p) is needed: use [:, None] for p = 1.")
+        raise ShapeError(
+            f"{name} has shape {tuple(x.shape)}; a matrix (*b, n, p) is needed: use [:, None] for p = 1."
+        )
     n, p = x.shape[-2:]
     if p < 1 or n < p:
         raise ShapeError(
-            f"{name} has shape {tuple(x.shape)}; n >= p >= 1 is needed: pass the transpose, {name}.mT, of a wide matrix."
+            f"{name} has shape {tuple(x.shape)}; n >= p >= 1 is needed: pass the transpose, "
+            f"{name}.mT, of a wide matrix."
         )
     return x
 
@@ -59,7 +62,9 @@ def check_pair(name: str, x: Tensor, other_name: str, other: object) -> None:
         if given != needed:
             given, needed = (tuple(given), tuple(needed)) if what == "shape" else (given, needed)
             way_out = "use expand or reshape" if what == "shape" else "convert it with .to(...)"
-            raise ShapeError(f"{other_name} has {what} {given}, {name} has {needed}; they must agree: {way_out}.")
+            raise ShapeError(
+                f"{other_name} has {what} {given}, {name} has {needed}; they must agree: {way_out}."
+            )
 
 
 def as_stacks(**tensors: Tensor) -> list[Tensor]:

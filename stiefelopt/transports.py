@@ -47,7 +47,9 @@ def register(name: str, *, form: str = "gram") -> Callable[[Callable[..., Tensor
         form: "gram": ``f(w) -> s`` with w = y^T v, and the result is v - y s; "ambient": ``f(x, u, y, v)``.
     """
     if form not in ("gram", "ambient"):
-        raise ConfigError(f"transport {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, u, y, v) -> v).")
+        raise ConfigError(
+            f"transport {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, u, y, v) -> v)."
+        )
     return lambda function: _registry.add(name, Transport(name, form, function))
 
 

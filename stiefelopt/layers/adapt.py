@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def _find_targets(
     model: nn.Module, targets: Targets, exclude: Targets | None, saved: Sequence[str]
 ) -> list[tuple[str, nn.Module]]:
     """The modules to adapt, in the model's order."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
     found = []
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
@@ -59,14 +60,17 @@ def _find_targets(
         elif _matches(name, targets):
             if dead:
                 raise ConfigError(
-                    f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it, so that an adapter "
+                    f"{name} belongs to nn.MultiheadAttention, which reads its weight and never "
+                    "calls it, so that an adapter "
                     f"would do nothing; leave it out, or use an attention with linear layers of its own."
                 )
             found.append((name, module))
     if not found:
         linear = [name for name, module in model.named_modules() if name and _is_linear(module)]
         shown = ", ".join(linear[:6]) + (", ..." if len(linear) > 6 else "")
-        raise ConfigError(f"target_modules={targets!r} matches no module to adapt; the linear modules are: {shown or 'none'}.")
+        raise ConfigError(
+            f"target_modules={targets!r} matches no module to adapt; the linear modules are: {shown or 'none'}."
+        )
     return found
 
 
@@ -78,7 +82,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def adapt(
     model: nn.Module,
-    layer: type[LowRankLinear] = StelLALinear,
+    layer: Callable[..., LowRankLinear] = StelLALinear,
     *,
     target_modules: Targets,
     exclude_modules: Targets | None = None,
@@ -113,17 +117,23 @@ def adapt(
         target_modules = list(target_modules)
     found = _find_targets(model, target_modules, exclude_modules, modules_to_save)
     sizes = [linear_sizes(module)[:2] for _, module in found]
-    missing = [e for e in modules_to_save if not any(ends_with(name, [e]) for name, _ in model.named_modules())]
+    missing = [
+        e for e in modules_to_save if not any(ends_with(name, [e]) for name, _ in model.named_modules())
+    ]
     if missing:
         raise ConfigError(f"modules_to_save names {missing[0]!r}, which no module of the model ends with.")
     for n, m in sizes:
-        check_options(layer_options["r"], (n, m), layer_options.get("alpha"), layer_options.get("dropout", 0.0))
+        check_options(
+            layer_options["r"], (n, m), layer_options.get("alpha"), layer_options.get("dropout", 0.0)
+        )
     if reference_dim is None:
         reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]
         print(f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}")
     trainable = {id(p): p.requires_grad for p in model.parameters()}
     try:
-        adapted = [(name, layer(module, reference_dim=reference_dim, **layer_options)) for name, module in found]
+        adapted = [
+            (name, layer(module, reference_dim=reference_dim, **layer_options)) for name, module in found
+        ]
     except Exception:
         for p in model.parameters():
             p.requires_grad_(trainable[id(p)])
@@ -149,7 +159,9 @@ def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     if not layers:
-        raise ConfigError(f"{type(model).__name__} holds no adapted layer; call adapt(model, target_modules=..., r=...) first.")
+        raise ConfigError(
+            f"{type(model).__name__} holds no adapted layer; call adapt(model, target_modules=..., r=...) first."
+        )
     return layers
 
 
@@ -195,7 +207,8 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     missing, unknown = expected - optional - set(state), set(state) - expected - optional
     if missing or unknown:
         raise ConfigError(
-            f"the adapter state does not fit the model: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}; adapt "
+            f"the adapter state does not fit the model: missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(unknown)[:3]}; adapt "
             f"the model with the targets it was saved with."
         )
     parts = {name: _below(state, name) for name in (*layers, *saved)}

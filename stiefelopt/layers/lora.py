@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ConfigError("LoRA checkpoints are safetensors files: pip install safetensors (or stiefelopt[peft]).") from error
+        raise ConfigError(
+            "LoRA checkpoints are safetensors files: pip install safetensors (or stiefelopt[peft])."
+        ) from error
     return safetensors.torch
 
 
@@ -45,21 +48,30 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         ConfigError: no adapted layer, Conv1D and Linear mixed, or safetensors is not installed.
     """
     if adapter_name is not None:
-        raise ConfigError("a model adapted by stiefelopt.adapt has one adapter without a name; leave adapter_name out.")
+        raise ConfigError(
+            "a model adapted by stiefelopt.adapt has one adapter without a name; leave adapter_name out."
+        )
     safetensors = _safetensors()
     layers = adapted_layers(model)
     orientations = {layer.fan_in_fan_out for layer in layers.values()}
     if len(orientations) > 1:
-        raise ConfigError("a LoRA checkpoint cannot mix Conv1D and Linear layers; export them from separate models.")
+        raise ConfigError(
+            "a LoRA checkpoint cannot mix Conv1D and Linear layers; export them from separate models."
+        )
     tensors: dict[str, Tensor] = {}
     ranks = {}
     for name, layer in layers.items():
         a, b = layer.to_lora()
         ranks[name] = a.shape[0]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = a.cpu(), b.cpu()
+        tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = (
+            a.cpu(),
+            b.cpu(),
+        )
     saved = saved_modules(model)
     for name, module in saved.items():
-        tensors.update({f"{_PREFIX}{name}.{k}": t.detach().cpu().clone() for k, t in module.state_dict().items()})
+        tensors.update(
+            {f"{_PREFIX}{name}.{k}": t.detach().cpu().clone() for k, t in module.state_dict().items()}
+        )
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
@@ -68,7 +80,9 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     return path
 
 
-def _lora_config(model: nn.Module, ranks: dict[str, int], saved: list[str], fan_in_fan_out: bool) -> dict[str, Any]:
+def _lora_config(
+    model: nn.Module, ranks: dict[str, int], saved: list[str], fan_in_fan_out: bool
+) -> dict[str, Any]:
     """adapter_config.json: scale 1 everywhere, since alpha equals the rank."""
     common = max(ranks.values())
     others = {name: k for name, k in ranks.items() if k != common}
@@ -95,7 +109,7 @@ def _lora_config(model: nn.Module, ranks: dict[str, int], saved: list[str], fan_
 def import_lora(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    layer: type[LowRankLinear] = StelLALinear,
+    layer: Callable[..., LowRankLinear] = StelLALinear,
     **layer_options: Any,
 ) -> nn.Module:
     """Adapt a plain model with the updates of a PEFT LoRA checkpoint, so that training goes on with geometry.
@@ -114,33 +128,51 @@ def import_lora(
     safetensors = _safetensors()
     path = Path(directory)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        raise ConfigError(f"{path} holds no {CONFIG} with {WEIGHTS}; save the adapter with peft's save_pretrained first.")
+        raise ConfigError(
+            f"{path} holds no {CONFIG} with {WEIGHTS}; save the adapter with peft's save_pretrained first."
+        )
     config = json.loads((path / CONFIG).read_text())
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ConfigError(f"{path} is a {config.get('peft_type')} checkpoint (DoRA: {config.get('use_dora')}); plain LoRA is needed.")
+        raise ConfigError(
+            f"{path} is a {config.get('peft_type')} checkpoint (DoRA: {config.get('use_dora')}); plain LoRA is needed."
+        )
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
     names = [k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight")]
     ranks = {tensors[f"{name}.lora_A.weight"].shape[0] for name in names}
     if len(ranks) != 1:
-        raise ConfigError(f"the checkpoint has ranks {sorted(ranks)}; one rank for all layers is needed here.")
+        raise ConfigError(
+            f"the checkpoint has ranks {sorted(ranks)}; one rank for all layers is needed here."
+        )
     r = ranks.pop()
     adapt(
-        model, layer, target_modules=names, modules_to_save=config.get("modules_to_save") or (), r=r, alpha=r, **layer_options
+        model,
+        layer,
+        target_modules=names,
+        modules_to_save=config.get("modules_to_save") or (),
+        r=r,
+        alpha=r,
+        **layer_options,
     )
     for name, module in adapted_layers(model).items():
         if name not in names:
-            raise ConfigError(f"the checkpoint's name endings also match {name!r}, for which it has no factors.")
+            raise ConfigError(
+                f"the checkpoint's name endings also match {name!r}, for which it has no factors."
+            )
         a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
         module.load_factors(_factors(_lora_scale(config, name, r) * b.double(), a.double(), module))
-    for name, module in saved_modules(model).items():
+    for name, saved in saved_modules(model).items():
         prefix = f"{name}."
-        module.load_state_dict({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})
+        saved.load_state_dict({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})
     return model
 
 
 def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:
     alpha = next(
-        (a for pattern, a in (config.get("alpha_pattern") or {}).items() if name == pattern or name.endswith("." + pattern)),
+        (
+            a
+            for pattern, a in (config.get("alpha_pattern") or {}).items()
+            if name == pattern or name.endswith("." + pattern)
+        ),
         config["lora_alpha"],
     )
     return alpha / (r**0.5 if config.get("use_rslora") else r)
@@ -152,4 +184,8 @@ def _factors(b: Tensor, a: Tensor, layer: LowRankLinear) -> dict[str, Tensor]:
     qa, ra = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(rb @ ra.T)
     s = s / layer.scale
-    return {"U": (qb @ u).to(layer.U), "S": (s if layer.diagonal else s.diag()).to(layer.S), "V": (qa @ vh.T).to(layer.V)}
+    return {
+        "U": (qb @ u).to(layer.U),
+        "S": (s if layer.diagonal else s.diag()).to(layer.S),
+        "V": (qa @ vh.T).to(layer.V),
+    }

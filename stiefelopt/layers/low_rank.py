@@ -38,7 +38,9 @@ def linear_sizes(base: nn.Module) -> tuple[int, int, bool]:
 def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> None:
     """Refuse ranks, scales and rates that no adapter can have."""
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= min(sizes):
-        raise ConfigError(f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}.")
+        raise ConfigError(
+            f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}."
+        )
     if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
         raise ConfigError(f"alpha is {alpha!r}; a positive number is needed (default: r).")
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
@@ -87,7 +89,8 @@ class LowRankLinear(nn.Module):
         self.register_buffer("V0", None)
         self.dropout = nn.Dropout(dropout)
         self._unmerged: Tensor | None = None
-        # torch's fast paths (nn.TransformerEncoderLayer in eval) read .weight and would pass the adapter by, but for a hook.
+        # torch's fast paths (nn.TransformerEncoderLayer in eval) read .weight and would pass the adapter by; a hook
+        # switches them off.
         self.register_forward_pre_hook(_forbid_fast_path)
 
     @property
@@ -130,7 +133,7 @@ class LowRankLinear(nn.Module):
 
     def _correction(self) -> Tensor | None:
         """What the initialization took out of the base weight, (out, in)."""
-        return None if self.U0 is None else self.scale * (self.U0 @ self.V0.T)  # type: ignore[union-attr,operator]
+        return None if self.U0 is None else self.scale * (self.U0 @ self.V0.T)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -144,8 +147,8 @@ class LowRankLinear(nn.Module):
         us = self.U * self.S if self.diagonal else self.U @ self.S
         a, b = self.V.T.clone(), self.scale * us
         if self.U0 is not None:
-            a = torch.cat((a, self.V0.T))  # type: ignore[union-attr,arg-type]
-            b = torch.cat((b, -self.scale * self.U0), 1)  # type: ignore[operator]
+            a = torch.cat((a, self.V0.T))
+            b = torch.cat((b, -self.scale * self.U0), 1)
         return a.contiguous(), b.contiguous()
 
     @torch.no_grad()
@@ -188,7 +191,9 @@ class LowRankLinear(nn.Module):
         for name in self.FACTORS:
             given, own = tuple(state[name].shape), tuple(getattr(self, name).shape)
             if given != own:
-                raise ConfigError(f"{name} is saved as {given} and here {own}; adapt with the rank it was saved with.")
+                raise ConfigError(
+                    f"{name} is saved as {given} and here {own}; adapt with the rank it was saved with."
+                )
 
     @torch.no_grad()
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
@@ -203,7 +208,9 @@ class LowRankLinear(nn.Module):
         tensors = {name: getattr(self, name) for name in (*self.FACTORS, "U0", "V0")}
         return {name: t.detach() for name, t in tensors.items() if t is not None}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """A whole-model state carries the corrected base weight itself: take U0 and V0 as they come."""
         for name in ("U0", "V0"):
             saved = state_dict.get(prefix + name)

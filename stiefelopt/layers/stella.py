@@ -79,7 +79,11 @@ class StelLALinear(LowRankLinear):
                 if not factor.is_meta:
                     point = Stiefel().random_point(*factor.shape, dtype=factor.dtype, generator=generator)
                     factor.copy_(point)
-        one = torch.ones_like(self.S) if self.diagonal else torch.eye(self.r, dtype=self.S.dtype, device=self.S.device)
+        one = (
+            torch.ones_like(self.S)
+            if self.diagonal
+            else torch.eye(self.r, dtype=self.S.dtype, device=self.S.device)
+        )
         self.S.copy_(torch.zeros_like(self.S) if self.init == "zero" else one)
         if self.init == "pseudo-zero":
             self._correct(self.U, self.V)

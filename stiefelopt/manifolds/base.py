@@ -28,7 +28,9 @@ class Manifold:
             wrong = [k for k in changes if k not in known]
             if not wrong:
                 raise
-            raise ConfigError(f"{type(self).__name__} has no option {wrong[0]!r}; it has: {', '.join(known)}.") from None
+            raise ConfigError(
+                f"{type(self).__name__} has no option {wrong[0]!r}; it has: {', '.join(known)}."
+            ) from None
 
     def spec(self) -> dict[str, str | int | float | bool]:
         """The manifold as a flat dict of strings and numbers, which `from_spec` reads back.
@@ -53,7 +55,9 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
 
     def add(cls: type[M]) -> type[M]:
         if name != cls.__name__:
-            raise ConfigError(f"manifold class {cls.__name__} is registered as {name!r}; the two names must be equal.")
+            raise ConfigError(
+                f"manifold class {cls.__name__} is registered as {name!r}; the two names must be equal."
+            )
         _registry.add(name, cls)
         return cls
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,11 @@ class Stiefel(Manifold):
             value = getattr(self, option)
             if isinstance(value, str):
                 if value != "none" or option not in ("transport", "projection"):
-                    family.get(value)  # type: ignore[attr-defined]
+                    family.get(value)
             elif option != "retraction" or not callable(value):
-                raise ConfigError(f"Stiefel({option}={value!r}): a registered name is needed, one of {family.names()}.")  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"Stiefel({option}={value!r}): a registered name is needed, one of {family.names()}."
+                )
 
     # The parts, resolved. Registries are dictionaries: this costs nothing beside a step.
 
@@ -129,7 +132,9 @@ class Stiefel(Manifold):
         """A tangent vector of unit norm in the metric; zero where the manifold is a single point."""
         check_matrix("x", x)
         source = x.device if generator is None else generator.device
-        z = torch.randn(x.shape, dtype=compute_dtype(x.dtype), device=source, generator=generator).to(x.device)
+        z = torch.randn(x.shape, dtype=compute_dtype(x.dtype), device=source, generator=generator).to(
+            x.device
+        )
         u = self.project_tangent(x.to(z.dtype), z)
         if x.shape[-2:] == (1, 1):  # St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding
             return torch.zeros_like(x)
@@ -201,13 +206,33 @@ class Stiefel(Manifold):
         unmoved = unmoved_matrices(xs, ms, e)
         if unmoved is None and self.projection == "tangent" and self._retraction.form == "normalizer":
             return normalize(_projected(xs, ms, e, scales), self._retraction, reduce)
-        ds = [torch.sub(m, x, out=m) for x, m in zip(xs, ms, strict=True)]
-        for d, scale in zip(ds, scales, strict=True):
-            if scale != 1.0:
-                d.mul_(scale)
+        ds = _scaled_displacements(xs, ms, scales, out=ms)
         if self.projection != "none":
             ds = projections.get(self.projection).apply(xs, ds, reduce=reduce, out=ds)
         return [(y, None) for y in self._retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
+
+    def stacked_transporter(
+        self, xs: Tall, ms: Tall, scales: Sequence[float]
+    ) -> Callable[[int, Tensor, Tensor], Tensor] | None:
+        """``carry(i, y, v)`` from stack i of xs to y, made before `stacked_move` overwrites ms; None for "none"."""
+        if self.transport == "none":
+            return None
+        transport = transports.get(self.transport)
+        if transport.form == "gram":
+            return lambda i, y, v: transport.apply([y], [y], [y], [v])[0]
+        us = _scaled_displacements(xs, ms, scales)
+        if self.projection != "none":
+            us = projections.get(self.projection).apply(xs, us)
+        return lambda i, y, v: transport.function(xs[i], us[i], y, v)
+
+
+def _scaled_displacements(
+    xs: Tall, ms: Tall, scales: Sequence[float], out: Tall | None = None
+) -> list[Tensor]:
+    """s (m - x) for every stack."""
+    outs = [None] * len(xs) if out is None else out
+    ds = [torch.sub(m, x, out=o) for x, m, o in zip(xs, ms, outs, strict=True)]
+    return [d if s == 1.0 else d.mul_(s) for d, s in zip(ds, scales, strict=True)]
 
 
 def _projected(xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float]) -> list[Tensor]:
@@ -219,12 +244,12 @@ def _projected(xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float]) -> list[T
     return zs
 
 
-def _as_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _as_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
     """(n, p) or ((n, p),), as in torch.randn."""
     if len(shape) == 1 and not isinstance(shape[0], int):
         shape = tuple(shape[0])
     if len(shape) < 2:
-        raise ShapeError(f"the shape {shape} has fewer than two dimensions; give (*b, n, p), for example (64, 8).")
+        raise ShapeError(
+            f"the shape {shape} has fewer than two dimensions; give (*b, n, p), for example (64, 8)."
+        )
     return shape
-
-

@@ -1,0 +1,221 @@
+"""The eight lines of a Riemannian step, around any torch optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .buckets import Bucket, Slot, make_buckets
+from .errors import ConfigError, StepError
+from .manifolds import Manifold
+from .placement import KEYS, check_parameter, read_placement, resolve_orientation
+
+# torch's own optimizers whose weight_decay is added to the gradient (L2), unless a flag decouples it.
+_COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+# What torch.optim and most others call an average of gradients, which transport carries along.
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+Settings = dict[str, Any]
+
+
+def label_of(group: Mapping[str, Any], group_index: int, index: int) -> object:
+    """The parameter's name where the group is named, else (group, index)."""
+    names = group.get("param_names")
+    return names[index] if names else (group_index, index)
+
+
+def settings_of(group: Mapping[str, Any]) -> Settings:
+    """A copy of what a group says about its manifold; of the spec too, which may be changed in place."""
+    found = {key: group[key] for key in KEYS if key in group}
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in found.items()}
+
+
+class ManifoldStep:
+    """The eight lines of a step, around any optimizer: `before` it and `after` it.
+
+    Holds workspaces, never state: twice the bytes of the constrained parameters.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, nonfinite: str = "raise", moments: Sequence[str] = FIRST_MOMENTS
+    ) -> None:
+        if nonfinite not in ("raise", "skip"):
+            raise ConfigError(f"nonfinite is {nonfinite!r}; use 'raise' or 'skip'.")
+        self.optimizer = optimizer
+        self.nonfinite = nonfinite
+        self.moments = tuple(moments)
+        self.skipped = 0
+        self._warned = False
+        self._buckets: list[Bucket] = []
+        self._signature: list[tuple[Settings, list[Tensor]]] | None = None
+
+    # Groups
+
+    def adopt_all(self, default: Manifold | None = None) -> None:
+        """`adopt` every group; a refused one leaves the others as they were."""
+        groups = self.optimizer.param_groups
+        trial = [dict(group) for group in groups]
+        for i, group in enumerate(trial):
+            self.adopt(group, i, default)
+        for group, checked in zip(groups, trial, strict=True):
+            group.update(settings_of(checked))
+
+    def adopt(self, group: dict[str, Any], index: int, default: Manifold | None = None) -> None:
+        """Check one group and store its manifold keys as plain strings and numbers."""
+        if default is not None:
+            group.setdefault("manifold", default)
+        if group.get("manifold") is None:
+            return
+        placement = read_placement(group)
+        for i, p in enumerate(group["params"]):
+            check_parameter(label_of(group, index, i), p, placement)
+        self._check_decay(group, index)
+        orientation = resolve_orientation(placement, [p.shape for p in group["params"]])
+        group.update(manifold=_plain(placement.manifold), orientation=orientation)
+
+    def _check_decay(self, group: Mapping[str, Any], index: int) -> None:
+        decay = group.get("weight_decay", 0)
+        if isinstance(decay, Tensor) or not decay or group.get("decoupled_weight_decay"):
+            return
+        cls = type(self.optimizer)
+        if cls.__module__.startswith("torch.optim"):
+            if cls.__name__ in _COUPLED:
+                raise ConfigError(
+                    f"group {index} has weight_decay={decay:g}, which {cls.__name__} adds to the "
+                    "gradient (coupled L2): on "
+                    f"a manifold it only disturbs the moments. Set weight_decay=0 for this group, or use AdamW, whose "
+                    f"decoupled decay the projection removes."
+                )
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"group {index} has weight_decay={decay:g}; if {cls.__name__} adds it to the gradient, it disturbs the "
+                f"moments of a manifold group: set weight_decay=0 there.",
+                stacklevel=4,
+            )
+
+    def slots(self, *, with_gradient: bool = False) -> list[Slot]:
+        """The constrained parameters of all groups."""
+        found = []
+        for g, group in enumerate(self.optimizer.param_groups):
+            if group.get("manifold") is None:
+                continue
+            placement = read_placement(group)
+            for i, p in enumerate(group["params"]):
+                if not with_gradient or (p.grad is not None and p.numel()):
+                    found.append(Slot(p, label_of(group, g, i), placement))
+        return found
+
+    def residuals(self) -> dict[object, float]:
+        """max |x^T x - I| of every constrained parameter."""
+        return {
+            s.label: s.placement.manifold.residual(s.placement.as_tall(s.p.detach())).amax().item()  # type: ignore[attr-defined]
+            for s in self.slots()
+            if s.p.numel()
+        }
+
+    def _current_buckets(self) -> list[Bucket]:
+        """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""
+        if self._signature is None or not _same(self._sign(), self._signature):
+            self.adopt_all()
+            slots = self.slots(with_gradient=True)
+            _check_gradients(slots)
+            self._buckets = make_buckets(slots, self.optimizer)
+            self._signature = self._sign()
+        return self._buckets
+
+    def _sign(self) -> list[tuple[Settings, list[Tensor]]]:
+        """All that the buckets were made from."""
+        signs = []
+        for group in self.optimizer.param_groups:
+            if group.get("manifold") is not None:
+                params = [p for p in group["params"] if p.grad is not None]
+                settings = settings_of(group)
+                settings["storage"] = {(p.dtype, p.device) for p in params}
+                signs.append((settings, params))
+        return signs
+
+    # The step
+
+    def before(self) -> None:
+        """Turn gradients into Riemannian ones, in workspaces that the optimizer then reads.
+
+        Raises:
+            StepError: a gradient is not finite; nothing has changed.
+        """
+        buckets = self._current_buckets()
+        bad = [slot for bucket in buckets for slot in bucket.convert_gradients()]
+        if bad and self.nonfinite == "raise":
+            raise StepError(
+                f"the gradient (or the point) of {bad[0].label!r} is not finite, or too large to be "
+                "converted; nothing has "
+                f"changed. Lower the learning rate, clip, or pass nonfinite='skip' to leave such points alone."
+            )
+        self.skipped += len(bad)
+        refused = {id(slot.p) for slot in bad}
+        for stack in (s for b in buckets for s in b.stacks):
+            # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
+            stack.lend_gradients([id(p) not in refused for p in stack.params])
+
+    def after(self) -> None:
+        """Bring the parameters back to their manifolds, and their own gradients back to them.
+
+        Raises:
+            StepError: a displacement is not finite or cannot be retracted; every point is where it was.
+        """
+        self.return_gradients()
+        try:
+            for bucket in reversed(self._buckets):  # the last parameters stepped are still in the cache
+                bad = bucket.move(skip_bad=self.nonfinite == "skip", moments=self.moments)
+                self.skipped += len(bad)
+        except BaseException as error:
+            self.restore_points()
+            if isinstance(error, StepError):
+                raise StepError(
+                    f"{error}. The points were put back to where they were before the step."
+                ) from None
+            raise
+
+    def return_gradients(self) -> None:
+        """Undo what `before` did to the gradients."""
+        for bucket in self._buckets:
+            for stack in bucket.stacks:
+                stack.return_gradients()
+
+    def restore_points(self) -> None:
+        """Put every point back to where it was before the step."""
+        for bucket in self._buckets:
+            for stack in bucket.stacks:
+                stack.restore()
+
+
+def _plain(manifold: Manifold) -> object:
+    """The manifold as a spec; itself where a live function keeps it from being one."""
+    try:
+        return manifold.spec()
+    except ConfigError:
+        return manifold
+
+
+def _same(
+    now: Sequence[tuple[Settings, list[Tensor]]], then: Sequence[tuple[Settings, list[Tensor]]]
+) -> bool:
+    return len(now) == len(then) and all(
+        a == b and len(p) == len(q) and all(map(is_, p, q)) for (a, p), (b, q) in zip(now, then, strict=True)
+    )
+
+
+def _check_gradients(slots: Sequence[Slot]) -> None:
+    for slot in slots:
+        if slot.p.grad is not None and slot.p.grad.layout != torch.strided:
+            raise ConfigError(
+                f"parameter {slot.label!r} has a {slot.p.grad.layout} gradient; a manifold needs a "
+                "dense one: build the "
+                f"embedding with sparse=False, or give it a group without a manifold."
+            )

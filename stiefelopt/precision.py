@@ -1,0 +1,76 @@
+"""float32 masters of half-precision parameters: in bfloat16 most of a small step would round away.
+
+While the inner optimizer steps, parameter and gradient are float32: the parameter is its master, an orthonormal
+matrix of which the half-precision one is the nearest rounding. Between steps the master lies in the inner optimizer's
+state, under "master", and so in every checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .shapes import HALF, compute_dtype
+
+KEY = "master"
+
+
+class Masters:
+    """The masters of a few parameters, and the exchange of one for the other around the inner step."""
+
+    def __init__(self, params: Sequence[Tensor], optimizer: Optimizer) -> None:
+        self._params = params
+        self._optimizer = optimizer
+        self._own: list[Tensor] = []
+
+    def values(self) -> list[Tensor]:
+        """The masters; a parameter that was changed since, or has none yet, is its own."""
+        return [self._value(p) for p in self._params]
+
+    def _value(self, p: Tensor) -> Tensor:
+        master = self._optimizer.state[p].get(KEY) if p in self._optimizer.state else None
+        if master is not None and torch.equal(master.to(p.dtype), p):
+            return master
+        return p.detach().to(compute_dtype(p.dtype))
+
+    def enter(self, values: Sequence[Tensor]) -> None:
+        """Let the parameters be these tensors; the optimizer steps them in place."""
+        self._own = [p.data for p in self._params]
+        for p, value in zip(self._params, values, strict=True):
+            p.grad = None  # of the other dtype, which torch refuses side by side
+            p.data = value
+
+    def leave(self) -> list[Tensor]:
+        """Let the parameters be what they were; returns what the optimizer stepped."""
+        stepped = [p.data for p in self._params]
+        for p, own in zip(self._params, self._own, strict=True):
+            p.grad = None
+            p.data = own
+        self._own = []
+        return stepped
+
+    def keep(self, values: Sequence[Tensor], stepped: Sequence[bool]) -> None:
+        """Store the new masters, but for those not stepped: many optimizers take any state for their own."""
+        for p, value, was in zip(self._params, values, stepped, strict=True):
+            if was:
+                self._optimizer.state[p][KEY] = value.clone()
+
+
+@contextmanager
+def lifted(params: Iterable[Tensor]) -> Iterator[None]:
+    """Half-precision parameters as float32 ones, for torch's load_state_dict casts state to their dtype."""
+    half = [(p, p.data) for p in params if p.dtype in HALF]
+    grads = [p.grad for p, _ in half]
+    try:
+        for p, own in half:
+            p.grad = None
+            p.data = own.to(torch.float32)
+        yield
+    finally:
+        for (p, own), grad in zip(half, grads, strict=True):
+            p.data = own
+            p.grad = grad
