@@ -137,7 +137,7 @@ class ManifoldStep:
             if group.get("manifold") is not None:
                 params = [p for p in group["params"] if p.grad is not None]
                 settings = settings_of(group)
-                settings["storage"] = {(p.dtype, p.device) for p in params}
+                settings["storage"] = {(p.dtype, p.device) for p in params}, [p.shape for p in params]
                 signs.append((settings, params))
         return signs
 
@@ -159,9 +159,13 @@ class ManifoldStep:
             )
         self.skipped += len(bad)
         refused = {id(slot.p) for slot in bad}
-        for stack in (s for b in buckets for s in b.stacks):
-            # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
-            stack.lend_gradients([id(p) not in refused for p in stack.params])
+        try:
+            for stack in (s for b in buckets for s in b.stacks):
+                # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
+                stack.lend_gradients([id(p) not in refused for p in stack.params])
+        except BaseException:
+            self.return_gradients()
+            raise
 
     def after(self) -> None:
         """Bring the parameters back to their manifolds, and their own gradients back to them.

@@ -630,8 +630,8 @@ def law_drift(m: Stiefel, case: Case, *, steps: int = 5000) -> None:
     for _ in range(steps):
         i, shift = torch.randint(0, 1 << 30, (2,), generator=draw).tolist()
         # Turned and summed draws stand for fresh ones, which would cost more than the steps.
-        z = pool[i % 16].roll(shift % case.shape[-2], -2) - pool[(i >> 4) % 16]
-        x = m.retract(x, _rescaled(m.project_tangent(x, z), case.scale))
+        u = m.project_tangent(x, pool[i % 16].roll(shift % case.shape[-2], -2) - pool[(i >> 4) % 16])
+        x = m.retract(x, u * (case.scale / _norm(u)))
     _at_most(f"on the manifold after {steps} steps", _residual(x), DRIFT * torch.finfo(case.dtype).eps)
 
 

@@ -27,7 +27,12 @@ def ends_with(name: str, endings: Sequence[str]) -> bool:
 
 def _matches(name: str, targets: Targets) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ConfigError(
+                f"{targets!r} is no regular expression ({error}); use one, or a list of name endings."
+            ) from None
     return ends_with(name, targets)
 
 
@@ -46,7 +51,7 @@ def _find_targets(
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
     found = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LowRankLinear):
             raise ConfigError(f"{name or 'the model'} is adapted already; merge_adapters(model) first.")
         inside_saved = any(ends_with(prefix, saved) for prefix in _prefixes(name))
@@ -130,25 +135,31 @@ def adapt(
         reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]
         print(f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}")
     trainable = {id(p): p.requires_grad for p in model.parameters()}
+    made: dict[nn.Module, LowRankLinear] = {}
     try:
-        adapted = [
-            (name, layer(module, reference_dim=reference_dim, **layer_options)) for name, module in found
-        ]
+        for _, module in found:
+            if module not in made:
+                made[module] = layer(module, reference_dim=reference_dim, **layer_options)
     except Exception:
         for p in model.parameters():
             p.requires_grad_(trainable[id(p)])
         raise
     model.requires_grad_(False)
-    for name, module in adapted:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
-        for factor in module.FACTORS:
-            getattr(module, factor).requires_grad_(True)
+    for name, module in found:
+        _put(model, name, made[module])
+    for adapter in made.values():
+        for factor in adapter.FACTORS:
+            getattr(adapter, factor).requires_grad_(True)
     for name, module in model.named_modules():
         if name and ends_with(name, modules_to_save):
             module.requires_grad_(True)
     model.__dict__[_SAVED] = list(modules_to_save)
     return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -176,10 +187,11 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     if isinstance(model, LowRankLinear):
         model.merge()
         return model.base
-    for name, module in adapted_layers(model).items():
-        module.merge()
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.base)
+    adapted_layers(model)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LowRankLinear):
+            module.merge()
+            _put(model, name, module.base)
     return model
 
 

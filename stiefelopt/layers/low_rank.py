@@ -58,6 +58,8 @@ class LowRankLinear(nn.Module):
     """
 
     FACTORS = ("U", "S", "V")
+    U0: Tensor | None
+    V0: Tensor | None
 
     def __init__(
         self,
@@ -88,7 +90,10 @@ class LowRankLinear(nn.Module):
         self.register_buffer("U0", None)
         self.register_buffer("V0", None)
         self.dropout = nn.Dropout(dropout)
-        self._unmerged: Tensor | None = None
+        # The weight before merging, and the one before any correction: a half-precision weight that is added to and
+        # subtracted from would wear out.
+        self._kept: dict[str, nn.Parameter] = {}  # in a dict, so that no module takes them for its parameters
+        self.register_state_dict_post_hook(_save_unmerged)
         # torch's fast paths (nn.TransformerEncoderLayer in eval) read .weight and would pass the adapter by; a hook
         # switches them off.
         self.register_forward_pre_hook(_forbid_fast_path)
@@ -106,7 +111,7 @@ class LowRankLinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the update lies in the base weight."""
-        return self._unmerged is not None
+        return "unmerged" in self._kept
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
@@ -127,13 +132,18 @@ class LowRankLinear(nn.Module):
         """(out, in) as the base weight lies."""
         return delta.T if self.fan_in_fan_out else delta
 
+    def _corrected_by(self) -> tuple[Tensor, Tensor] | None:
+        """U0 and V0, where something was taken out of the base weight."""
+        return None if self.U0 is None or self.V0 is None else (self.U0, self.V0)
+
     def _product(self) -> Tensor:
         us = self.U * self.S if self.diagonal else self.U @ self.S
         return self.scale * (us @ self.V.T)
 
     def _correction(self) -> Tensor | None:
         """What the initialization took out of the base weight, (out, in)."""
-        return None if self.U0 is None else self.scale * (self.U0 @ self.V0.T)
+        pair = self._corrected_by()
+        return None if pair is None else self.scale * (pair[0] @ pair[1].T)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -146,43 +156,49 @@ class LowRankLinear(nn.Module):
         """A (k, in) and B (out, k) with B A = `delta_weight`: k = r, or 2 r where the start was corrected."""
         us = self.U * self.S if self.diagonal else self.U @ self.S
         a, b = self.V.T.clone(), self.scale * us
-        if self.U0 is not None:
-            a = torch.cat((a, self.V0.T))
-            b = torch.cat((b, -self.scale * self.U0), 1)
+        pair = self._corrected_by()
+        if pair is not None:
+            a, b = torch.cat((a, pair[1].T)), torch.cat((b, -self.scale * pair[0]), 1)
         return a.contiguous(), b.contiguous()
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to the base weight, computed in the factors' precision. Merged twice is merged once."""
-        if self.merged:
-            return
-        self._unmerged = self.weight.detach().clone()
-        self._add_to_base(self._product())
+        """Add the update to the base weight, computed in the factors' precision. Merged twice is merged once.
+
+        The base gets a new weight and the layer keeps the old one, so that a weight shared with another module (a
+        tied embedding) stays as it is there.
+        """
+        if not self.merged:
+            self._kept["unmerged"] = self._replace_weight(self._product())
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the base weight bit for bit, from the copy that `merge` kept."""
-        if self._unmerged is None:
-            return
-        self.weight.copy_(self._unmerged)
-        self._unmerged = None
+        """Put the old base weight back, bit for bit."""
+        if self.merged:
+            self.base.weight = self._kept.pop("unmerged")
 
-    def _add_to_base(self, delta: Tensor) -> None:
-        total = self.weight.to(delta.dtype) + self._oriented(delta)
-        self.weight.copy_(total)
+    def _replace_weight(self, delta: Tensor) -> nn.Parameter:
+        """Give the base its weight plus delta (out, in); returns the weight it had."""
+        old = self.base.weight
+        assert isinstance(old, nn.Parameter)
+        total = (old.to(delta.dtype) + self._oriented(delta)).to(old.dtype)
+        self.base.weight = nn.Parameter(total, requires_grad=False)
+        return old
 
     @torch.no_grad()
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
-        """Take scale u v^T out of the base weight, in place of what was taken out before."""
+        """Take scale u v^T out of the original base weight, in place of what was taken out before."""
         self.unmerge()
-        old = self._correction()
-        if old is not None:
-            self._add_to_base(old)
+        before = self._correction()
+        if "original" in self._kept:
+            self.base.weight = self._kept.pop("original")
+        elif before is not None:  # loaded corrected, by nn.Module.load_state_dict
+            self._replace_weight(before)
         self.U0 = None if u is None else u.detach().clone()
         self.V0 = None if v is None else v.detach().clone()
-        new = self._correction()
-        if new is not None:
-            self._add_to_base(-new)
+        after = self._correction()
+        if after is not None:
+            self._kept["original"] = self._replace_weight(-after)
 
     # State
 
@@ -215,7 +231,8 @@ class LowRankLinear(nn.Module):
         for name in ("U0", "V0"):
             saved = state_dict.get(prefix + name)
             setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.U.device))
-        self._unmerged = None
+        self.unmerge()
+        self._kept.clear()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -228,13 +245,20 @@ class LowRankLinear(nn.Module):
             return t.to(moved.device) if id(t) in own and moved.dtype in HALF else moved
 
         super()._apply(guarded, recurse)
-        if self._unmerged is not None:
-            self._unmerged = fn(self._unmerged)
+        for kept in self._kept.values():
+            kept.data = fn(kept.data)
         return self
 
     def extra_repr(self) -> str:
         """Rank and scale, for print(model)."""
         return f"r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, diagonal={self.diagonal}, merged={self.merged}"
+
+
+def _save_unmerged(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """A state holds the base weight without the update, whose factors it holds beside it."""
+    assert isinstance(module, LowRankLinear)
+    if module.merged:
+        state[prefix + "base.weight"] = module._kept["unmerged"].detach()
 
 
 def _forbid_fast_path(module: nn.Module, args: object) -> None:

@@ -54,6 +54,10 @@ class StelLALinear(LowRankLinear):
     ) -> None:
         if init not in INITS:
             raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
+        if reference_dim is not None and not (isinstance(reference_dim, int) and reference_dim > 0):
+            raise ConfigError(
+                f"reference_dim is {reference_dim!r}; a positive integer is needed: the model's hidden size."
+            )
         super().__init__(base, r, alpha, diagonal=diagonal, dropout=dropout, use_rslora=use_rslora)
         self.init = init
         self.reference_dim = self.in_features if reference_dim is None else reference_dim
