@@ -50,6 +50,7 @@ class Stack:
         self.scale = first.placement.scale(first.p.shape)
         # Column-major parameters, as LAPACK's QR and SVD return them, are gathered as they lie.
         self._flipped = is_flipped(first.p)
+        self._dtype = first.p.dtype
         self._points, self._work = self._workspace(), self._workspace()
         self.xs, self.work = self._tall(self._points), self._tall(self._work)
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
@@ -60,6 +61,7 @@ class Stack:
             if self._dense
             else [torch.empty_like(p, dtype=self._work.dtype) for p in self.params]
         )
+        self._found_grads: list[Tensor | None] = []
         self._own_grads: list[Tensor | None] = []
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
@@ -80,9 +82,12 @@ class Stack:
         return matrices.mT if placement.is_rows(shape) else matrices
 
     def load(self) -> None:
-        """Copy points and gradients in."""
+        """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
+        if self.params[0].dtype != self._dtype:
+            raise RuntimeError("the parameters' dtype has changed")
         self._gather(self._masters.values() if self._masters else self.params, self._points)
-        self._gather([p.grad for p in self.params], self._work)  # type: ignore[misc]
+        self._found_grads = [p.grad for p in self.params]
+        self._gather(self._found_grads, self._work)  # type: ignore[arg-type]
 
     def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
         if tensors[0].dtype != workspace.dtype:
@@ -93,7 +98,7 @@ class Stack:
 
     def lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
-        self._own_grads, self._kept = [p.grad for p in self.params], keep
+        self._own_grads, self._kept = self._found_grads, keep
         if self._masters:
             self._masters.enter(list(self._points.clone()))
         if not self._dense:
@@ -108,7 +113,7 @@ class Stack:
         self._stepped = self._masters.leave() if self._masters else self.params
         for p, grad in zip(self.params, self._own_grads, strict=True):
             p.grad = grad
-        self._own_grads = []
+        self._own_grads, self._found_grads = [], []
 
     def load_moved(self) -> None:
         """Where the inner optimizer left the parameters, into the work space."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buckets import Bucket, Slot, make_buckets
-from .errors import ConfigError, StepError
+from .errors import ConfigError, StepError, StiefelOptError
 from .manifolds import Manifold
 from .placement import KEYS, check_parameter, read_placement, resolve_orientation
 
@@ -131,15 +131,12 @@ class ManifoldStep:
         return self._buckets
 
     def _sign(self) -> list[tuple[Settings, list[Tensor]]]:
-        """All that the buckets were made from."""
-        signs = []
-        for group in self.optimizer.param_groups:
-            if group.get("manifold") is not None:
-                params = [p for p in group["params"] if p.grad is not None]
-                settings = settings_of(group)
-                settings["storage"] = {(p.dtype, p.device) for p in params}, [p.shape for p in params]
-                signs.append((settings, params))
-        return signs
+        """What the buckets were made from. Shapes and dtypes show when the parameters are gathered."""
+        return [
+            (settings_of(group), [p for p in group["params"] if p.grad is not None])
+            for group in self.optimizer.param_groups
+            if group.get("manifold") is not None
+        ]
 
     # The step
 
@@ -149,13 +146,22 @@ class ManifoldStep:
         Raises:
             StepError: a gradient is not finite; nothing has changed.
         """
-        buckets = self._current_buckets()
+        try:
+            self._convert(self._current_buckets())
+        except StiefelOptError:
+            raise
+        except (RuntimeError, TypeError):
+            # torch refuses to gather a parameter whose shape or dtype was changed behind its name: begin again.
+            self._signature = None
+            self._convert(self._current_buckets())
+
+    def _convert(self, buckets: list[Bucket]) -> None:
         bad = [slot for bucket in buckets for slot in bucket.convert_gradients()]
         if bad and self.nonfinite == "raise":
             raise StepError(
                 f"the gradient (or the point) of {bad[0].label!r} is not finite, or too large to be "
-                "converted; nothing has "
-                f"changed. Lower the learning rate, clip, or pass nonfinite='skip' to leave such points alone."
+                f"converted; nothing has changed. Lower the learning rate, clip, or pass nonfinite='skip' to "
+                f"leave such points alone."
             )
         self.skipped += len(bad)
         refused = {id(slot.p) for slot in bad}

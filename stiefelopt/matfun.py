@@ -145,6 +145,19 @@ def cholesky_inverse_increment(g: Tensor) -> Tensor:
     return inverse.mT - eye
 
 
+def accretive_inverse(a: Tensor) -> Tensor:
+    """a^(-1) for a + a^T >= 2 I, as (a^T a)^(-1) a^T with a Cholesky factor.
+
+    Squaring the condition number costs nothing here: the caller computes in float64, and no singular value is below
+    1. An LU would do with a third of the work, but oneMKL's batched one fails and then hangs on two threads from
+    p = 256 on (torch 2.13: "Parameter 6 was incorrect on entry to DLASWP").
+
+    Args:
+        a: (*b, p, p).
+    """
+    return torch.cholesky_solve(a.mT, torch.linalg.cholesky_ex(a.mT @ a).L)
+
+
 def norm(a: Tensor) -> Tensor:
     """Frobenius norm as (*b, 1, 1), without a NaN derivative at zero."""
     square = a.square().sum((-2, -1), keepdim=True)

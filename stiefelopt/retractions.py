@@ -33,7 +33,13 @@ from .gram import (
     products,
     zero_matrices,
 )
-from .matfun import cholesky_inverse_increment, distance_from_identity, inverse_sqrt_increment, norm
+from .matfun import (
+    accretive_inverse,
+    cholesky_inverse_increment,
+    distance_from_identity,
+    inverse_sqrt_increment,
+    norm,
+)
 from .projections import svd_factor
 from .registry import Registry
 from .shapes import as_stacks
@@ -257,7 +263,7 @@ def qr(g: Tensor) -> Tensor:
 def cayley(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Cayley transform of the tangent vector's skew matrix, one p x p solve (Wen & Yin 2013)."""
     eye = identity_like(w)
-    b = torch.linalg.solve_ex(eye - 0.5 * w + 0.25 * (q - w.mT @ w), eye.expand_as(w)).result
+    b = accretive_inverse(eye - 0.5 * w + 0.25 * (q - w.mT @ w))
     return (2 * eye - w) @ b - eye, b
 
 
