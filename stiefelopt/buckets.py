@@ -19,7 +19,7 @@ from .gram import split
 from .placement import Placement
 from .precision import Masters
 from .retractions import OpenSum
-from .shapes import HALF, compute_dtype
+from .shapes import HALF, compute_dtype, tolerance
 
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
 CPU_BUCKET_BYTES = 8 * 2**20
@@ -168,6 +168,7 @@ class Bucket:
         self.manifold = stacks[0].slots[0].placement.manifold
         self.xs = [s.xs for s in stacks]
         self.work = [s.work for s in stacks]
+        self._drift = max(tolerance(s.params[0].dtype, *s.xs.shape[-2:]) for s in stacks)
         self._limit = torch.finfo(self.xs[0].dtype).max / (4 * self.xs[0].shape[-1])
 
     def convert_gradients(self) -> list[Slot]:
@@ -217,7 +218,7 @@ class Bucket:
             overlap = manifold.stacked_overlap(self.xs, self.work)
         scales = [s.scale for s in self.stacks]
         carry = manifold.stacked_transporter(self.xs, self.work, scales) if moments else None
-        ys = manifold.stacked_move(self.xs, self.work, overlap, scales)
+        ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift)
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
         if carry is not None:

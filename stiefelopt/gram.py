@@ -8,7 +8,6 @@ all heights form one batch ``(B, p, p)``, B the sum of the b, in the order of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -104,19 +103,18 @@ def zero_matrices(us: Tall) -> Tensor | None:
     return _mask_or_none(torch.cat([(u == 0).all(-1).all(-1) for u in us]))
 
 
-def unmoved_matrices(xs: Tall, ms: Tall, e: Tensor) -> Tensor | None:
+def unmoved_matrices(xs: Tall, ms: Tall, e: Tensor, drift: float) -> Tensor | None:
     """Mask (B,) of the matrices whose moved copy m equals x bit for bit; on the CPU None when there is none.
 
     Args:
         xs: stacks (b, n, p).
         ms: stacks of the same shapes.
-        e: x^T m - I, which is no larger than the drift of x where m equals x. On the CPU the tall scan runs only
+        e: x^T m - I.
+        drift: the largest |x^T x - I| there may be, and so |e| where m equals x. On the CPU the tall scan runs only
             if some e is that small.
     """
-    if e.device.type == "cpu" and e.numel():
-        drift = math.sqrt(torch.finfo(e.dtype).eps)
-        if not bool(e.abs().amax((-2, -1)).amin() <= drift):
-            return None
+    if e.device.type == "cpu" and e.numel() and not bool(e.abs().amax((-2, -1)).amin() <= drift):
+        return None
     return _mask_or_none(torch.cat([(x == m).all(-1).all(-1) for x, m in zip(xs, ms, strict=True)]))
 
 

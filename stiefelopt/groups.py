@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, NotOnManifoldError
 from .manifolds import Manifold, from_spec
-from .placement import Placement, check_parameter, read_placement
+from .placement import Placement, check_parameter, check_parameter_shape, read_placement
 
 # Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
 # fully_shard, DDP, deepcopy and torch.compile.
@@ -66,12 +67,13 @@ def constrain(
     placement = read_placement({"manifold": manifold, **keys})
     if init not in ("project", "random", "keep"):
         raise ConfigError(f"init is {init!r}; use 'project', 'random' or 'keep'.")
-    point = None if init == "keep" else _initial_point(p, placement, init, generator)
-    candidate = p.detach() if point is None else point
-    check_parameter(name, candidate, placement)
-    if point is not None:
-        p.copy_(point)
-    declare(owner, leaf, manifold=manifold.spec(), **keys)
+    spec = manifold.spec()
+    check_parameter_shape(name, p, placement)
+    if init == "keep":
+        check_parameter(name, p.detach(), placement)
+    else:
+        p.copy_(_initial_point(name, p, placement, init, generator))
+    declare(owner, leaf, manifold=spec, **keys)
     return module
 
 
@@ -86,17 +88,18 @@ def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
     return owner, leaf, p
 
 
-def _initial_point(p: Tensor, placement: Placement, init: str, generator: torch.Generator | None) -> Tensor:
-    """A new value for p, checked for shape first, so that a refusal changes nothing."""
-    check_shape = Placement(placement.manifold, placement.orientation, placement.view)
-    tall = check_shape.as_tall(p.detach())
+def _initial_point(
+    name: str, p: Tensor, placement: Placement, init: str, generator: torch.Generator | None
+) -> Tensor:
+    tall = placement.as_tall(p.detach())
     manifold: Any = placement.manifold
-    if p.ndim < 2 or (p.ndim > 2 and placement.view is None) or tall.shape[-2] < tall.shape[-1]:
-        check_parameter("it", p, placement)  # says what is wrong
-    if init == "project":
-        point = manifold.project_point(tall)
-    else:
+    if init == "random":
         point = manifold.random_point(*tall.shape, dtype=p.dtype, device=p.device, generator=generator)
+    else:
+        try:
+            point = manifold.project_point(tall)
+        except NotOnManifoldError as error:
+            raise NotOnManifoldError(f"parameter {name!r}: {error}") from None
     return (point.mT if placement.is_rows(p.shape) else point).reshape(p.shape)
 
 
@@ -130,6 +133,10 @@ def param_groups(
     Raises:
         ConfigError: nothing to train, or one shared parameter declared in two ways.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"param_groups sorts a module's parameters, and a {type(model).__name__} was given; pass the model."
+        )
     groups: list[dict[str, Any]] = []
     index: dict[str, dict[str, Any]] = {}
     seen: dict[int, str] = {}
@@ -180,7 +187,8 @@ def _settings(
     """The key of a parameter's group and what the group says."""
     role = keys.get("role", "manifold" if keys.get("manifold") else "decayed")
     own_lr = {"manifold": manifold_lr, "scale": scale_lr}.get(role)
-    settings: dict[str, Any] = {k: v for k, v in keys.items() if k != "role"}
+    # A copy: groups may be edited in place, declarations stay.
+    settings: dict[str, Any] = copy.deepcopy({k: v for k, v in keys.items() if k != "role"})
     rate = lr if own_lr is None else own_lr
     if rate is not None:
         settings["lr"] = rate

@@ -49,6 +49,8 @@ class ManifoldStep:
             raise ConfigError(f"nonfinite is {nonfinite!r}; use 'raise' or 'skip'.")
         self.optimizer = optimizer
         self.nonfinite = nonfinite
+        if isinstance(moments, str):
+            raise ConfigError(f"moments is the string {moments!r}; a list of names is needed: [{moments!r}].")
         self.moments = tuple(moments)
         self.skipped = 0
         self._warned = False
@@ -151,7 +153,8 @@ class ManifoldStep:
         except StiefelOptError:
             raise
         except (RuntimeError, TypeError):
-            # torch refuses to gather a parameter whose shape or dtype was changed behind its name: begin again.
+            # What torch says when it gathers a parameter whose shape or dtype was changed behind its name, or whose
+            # gradient has become sparse: begin again, with all the checks.
             self._signature = None
             self._convert(self._current_buckets())
 

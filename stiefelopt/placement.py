@@ -102,11 +102,28 @@ def check_parameter(label: object, p: Tensor, placement: Placement) -> None:
     """Refuse a parameter that cannot be stepped on its manifold.
 
     Raises:
+        ShapeError, ConfigError: as `check_parameter_shape`. NotOnManifoldError: not orthonormal.
+    """
+    check_parameter_shape(label, p, placement)
+    try:
+        placement.manifold.check(placement.as_tall(p.detach()))  # type: ignore[attr-defined]
+    except NotOnManifoldError as error:
+        raise NotOnManifoldError(f"{name_of(label)}: {error}") from None
+
+
+def name_of(label: object) -> str:
+    """A parameter in words, by its name or by (group, index)."""
+    return f"parameter {label!r}" if isinstance(label, str) else f"parameter {label[1]} of group {label[0]}"  # type: ignore[index]
+
+
+def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> None:
+    """Refuse a parameter that no value would make a point.
+
+    Raises:
         ShapeError: a vector, an integer or complex tensor, an orientation that does not fit.
         ConfigError: more than two dimensions and no view, a sharded tensor.
-        NotOnManifoldError: not orthonormal.
     """
-    name = f"parameter {label!r}" if isinstance(label, str) else f"parameter {label[1]} of group {label[0]}"  # type: ignore[index]
+    name = name_of(label)
     if hasattr(p, "device_mesh"):
         raise ConfigError(
             f"{name} is sharded (DTensor), which this version cannot step on a manifold; keep it replicated."
@@ -129,10 +146,6 @@ def check_parameter(label: object, p: Tensor, placement: Placement) -> None:
             f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out."
         )
     check_matrix(name, placement.as_tall(p.detach()))
-    try:
-        placement.manifold.check(placement.as_tall(p.detach()))  # type: ignore[attr-defined]
-    except NotOnManifoldError as error:
-        raise NotOnManifoldError(f"{name}: {error}") from None
 
 
 def resolve_orientation(placement: Placement, shapes: Iterable[torch.Size]) -> str:

@@ -43,6 +43,14 @@ class Masters:
         for p, value in zip(self._params, values, strict=True):
             p.grad = None  # of the other dtype, which torch refuses side by side
             p.data = value
+            self._lift_state(p)
+
+    def _lift_state(self, p: Tensor) -> None:
+        """State that the optimizer made before the first step (Adagrad's) has the parameter's old dtype."""
+        state = self._optimizer.state.get(p, {})
+        for name, t in state.items():
+            if isinstance(t, Tensor) and t.dtype in HALF:
+                state[name] = t.to(p.dtype)
 
     def leave(self) -> list[Tensor]:
         """Let the parameters be what they were; returns what the optimizer stepped."""

@@ -37,6 +37,7 @@ from .matfun import (
     accretive_inverse,
     cholesky_inverse_increment,
     distance_from_identity,
+    expm,
     inverse_sqrt_increment,
     norm,
 )
@@ -94,8 +95,12 @@ class Retraction:
 
     def for_metric(self, metric: str | None) -> Retraction:
         """The variant that belongs to a metric (only ``exp`` has several)."""
-        if metric is None or metric not in self.variants:
+        if not self.variants or metric is None:
             return self
+        if metric not in self.variants:
+            raise ConfigError(
+                f"no geodesic of metric {metric!r} is known; {self.name} has {', '.join(self.variants)}."
+            )
         return replace(self, function=self.variants[metric])
 
     def coefficients(self, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,10 +279,10 @@ def _exponential(w: Tensor, q: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """
     p = w.shape[-1]
     k = q - w.mT @ w
-    s = norm(k).sqrt().clamp_min(torch.finfo(w.dtype).eps)
+    s = norm(k.detach()).sqrt().clamp_min(torch.finfo(w.dtype).eps)
     upper = torch.cat((rate * w, -k / s), -1)
     lower = torch.cat((s * identity_like(w), torch.zeros_like(w)), -1)
-    e = torch.linalg.matrix_exp(torch.cat((upper, lower), -2))
+    e = expm(torch.cat((upper, lower), -2))
     n = e[..., p:, :p] / s
     return e[..., :p, :p] - w @ n, n
 
@@ -290,7 +295,7 @@ def exp_canonical(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 def exp_euclidean(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Geodesic of the Euclidean metric (Edelman, Arias & Smith 1998, section 2.2.2)."""
     a, b = _exponential(w, q, 2.0)
-    turn = torch.linalg.matrix_exp(-w)
+    turn = expm(-w)
     return a @ turn, b @ turn
 
 

@@ -176,10 +176,14 @@ class RiemannianWrapper(Optimizer):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
-        for group in self.param_groups:
-            if isinstance(group.get("manifold"), Manifold):
-                group["manifold"].spec()
+        specs = [
+            None if group.get("manifold") is None else dict(from_spec(group["manifold"]).spec())
+            for group in self.param_groups
+        ]
         state = self.optimizer.state_dict()
+        for saved, spec in zip(state["param_groups"], specs, strict=True):
+            if spec is not None:
+                saved["manifold"] = spec
         for post in self._optimizer_state_dict_post_hooks.values():
             changed = post(self, state)
             state = state if changed is None else changed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,10 @@ def adapt(
         raise ConfigError("adapt needs the rank: adapt(model, target_modules=..., r=16).")
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
+    if isinstance(modules_to_save, str):
+        raise ConfigError(
+            f"modules_to_save is the string {modules_to_save!r}; a list is needed: [{modules_to_save!r}]."
+        )
     found = _find_targets(model, target_modules, exclude_modules, modules_to_save)
     sizes = [linear_sizes(module)[:2] for _, module in found]
     missing = [
@@ -225,11 +229,24 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
     parts = {name: _below(state, name) for name in (*layers, *saved)}
     for name, layer in layers.items():
-        layer.check_factors(parts[name])
+        layer.check_factors(parts[name], name)
+    for name, module in saved.items():
+        check_state(name, module, parts[name])
     for name, module in saved.items():
         module.load_state_dict(parts[name])
     for name, layer in layers.items():
         layer.load_factors(parts[name])
+
+
+def check_state(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse a module's state whose names or shapes differ."""
+    own = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+    given = {key: tuple(t.shape) for key, t in state.items()}
+    if own != given:
+        key = next(k for k in (*own, *given) if own.get(k) != given.get(k))
+        raise ConfigError(
+            f"{name}.{key} is saved as {given.get(key)} and here {own.get(key)}; use the model it was saved from."
+        )
 
 
 def _below(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

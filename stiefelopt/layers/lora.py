@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .adapt import adapt, adapted_layers, saved_modules
-from .low_rank import LowRankLinear
+from .adapt import adapt, adapted_layers, check_state, ends_with, saved_modules
+from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -75,17 +76,21 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
-    config = _lora_config(model, ranks, list(saved), orientations.pop())
+    config = _lora_config(model, ranks, list(saved), fan_in_fan_out=orientations.pop())
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
 
 
 def _lora_config(
-    model: nn.Module, ranks: dict[str, int], saved: list[str], fan_in_fan_out: bool
+    model: nn.Module, ranks: dict[str, int], saved: list[str], *, fan_in_fan_out: bool
 ) -> dict[str, Any]:
     """adapter_config.json: scale 1 everywhere, since alpha equals the rank."""
     common = max(ranks.values())
-    others = {name: k for name, k in ranks.items() if k != common}
+    others = {"^" + re.escape(name): k for name, k in ranks.items() if k != common}
+    targets: list[str] | str = list(ranks)
+    if any(ends_with(name, list(ranks)) for name, _ in model.named_modules() if name not in ranks):
+        # PEFT reads a list as endings, and would adapt more than these; it matches a string in full.
+        targets = "|".join(map(re.escape, ranks))
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -96,7 +101,7 @@ def _lora_config(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": list(ranks),
+        "target_modules": targets,
         "modules_to_save": saved or None,
         "rank_pattern": others,
         "alpha_pattern": others,
@@ -137,45 +142,65 @@ def import_lora(
             f"{path} is a {config.get('peft_type')} checkpoint (DoRA: {config.get('use_dora')}); plain LoRA is needed."
         )
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
-    names = [k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight")]
-    ranks = {tensors[f"{name}.lora_A.weight"].shape[0] for name in names}
-    if len(ranks) != 1:
-        raise ConfigError(
-            f"the checkpoint has ranks {sorted(ranks)}; one rank for all layers is needed here."
-        )
-    r = ranks.pop()
-    adapt(
-        model,
-        layer,
-        target_modules=names,
-        modules_to_save=config.get("modules_to_save") or (),
-        r=r,
-        alpha=r,
-        **layer_options,
-    )
+    endings = list(config.get("modules_to_save") or ())
+    pairs, saved = _sort_tensors(model, tensors, endings)
+    r = next(iter(pairs.values()))[0].shape[0]
+    exactly = "|".join(map(re.escape, pairs))
+    adapt(model, layer, target_modules=exactly, modules_to_save=endings, r=r, alpha=r, **layer_options)
     for name, module in adapted_layers(model).items():
-        if name not in names:
-            raise ConfigError(
-                f"the checkpoint's name endings also match {name!r}, for which it has no factors."
-            )
-        a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        a, b = pairs[name]
         module.load_factors(_factors(_lora_scale(config, name, r) * b.double(), a.double(), module))
-    for name, saved in saved_modules(model).items():
-        prefix = f"{name}."
-        saved.load_state_dict({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})
+    for name, state in saved.items():
+        model.get_submodule(name).load_state_dict(state)
     return model
 
 
+Pairs = dict[str, tuple[Tensor, Tensor]]
+States = dict[str, dict[str, Tensor]]
+
+
+def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[str]) -> tuple[Pairs, States]:
+    """(A, B) by layer and the states of the modules saved whole; whatever fits neither is refused by name."""
+    modules = dict(model.named_modules())
+    pairs: Pairs = {}
+    saved: States = {name: {} for name in modules if name and ends_with(name, endings)}
+    for key, t in tensors.items():
+        name, _, part = key.rpartition(".lora_")
+        owner = next((n for n in saved if key.startswith(n + ".")), None)
+        if part == "A.weight" and f"{name}.lora_B.weight" in tensors:
+            pairs[name] = t, tensors[f"{name}.lora_B.weight"]
+        elif owner is not None:
+            saved[owner][key[len(owner) + 1 :]] = t
+        elif part != "B.weight" or f"{name}.lora_A.weight" not in tensors:
+            raise ConfigError(
+                f"the checkpoint holds {key!r}, which is neither half of a LoRA pair on a linear layer nor part of "
+                f"modules_to_save; only plain LoRA (bias='none') can be imported."
+            )
+    if not pairs or len({a.shape[0] for a, _ in pairs.values()}) > 1:
+        raise ConfigError(
+            f"the checkpoint has {len(pairs)} LoRA pairs of several ranks or none; one rank is needed."
+        )
+    for name, (a, b) in pairs.items():
+        if name not in modules:
+            raise ConfigError(
+                f"the checkpoint adapts {name!r}, which the model lacks; import it into its own base model."
+            )
+        n, m, _ = linear_sizes(modules[name])
+        if a.shape[1] != n or b.shape != (m, a.shape[0]):
+            raise ConfigError(
+                f"{name!r} is a layer {n} -> {m}, and its pair is {tuple(a.shape)}, "
+                f"{tuple(b.shape)}: another base model."
+            )
+    for name, state in saved.items():
+        check_state(name, modules[name], state)
+    return pairs, saved
+
+
 def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:
-    alpha = next(
-        (
-            a
-            for pattern, a in (config.get("alpha_pattern") or {}).items()
-            if name == pattern or name.endswith("." + pattern)
-        ),
-        config["lora_alpha"],
-    )
-    return alpha / (r**0.5 if config.get("use_rslora") else r)
+    """PEFT's rule: the first alpha_pattern that matches the name's end, else lora_alpha."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, config["lora_alpha"]) / (r**0.5 if config.get("use_rslora") else r)
 
 
 def _factors(b: Tensor, a: Tensor, layer: LowRankLinear) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ def linear_sizes(base: nn.Module) -> tuple[int, int, bool]:
     Raises:
         ConfigError: not linear.
     """
+    if isinstance(base, LowRankLinear):
+        raise ConfigError("the base is adapted already; adapt its own base, or merge_adapters(model) first.")
     weight = getattr(base, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
         if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
@@ -92,7 +94,7 @@ class LowRankLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # The weight before merging, and the one before any correction: a half-precision weight that is added to and
         # subtracted from would wear out.
-        self._kept: dict[str, nn.Parameter] = {}  # in a dict, so that no module takes them for its parameters
+        self._kept: dict[str, Tensor] = {}  # in a dict, so that no module takes them for its parameters
         self.register_state_dict_post_hook(_save_unmerged)
         # torch's fast paths (nn.TransformerEncoderLayer in eval) read .weight and would pass the adapter by; a hook
         # switches them off.
@@ -177,12 +179,13 @@ class LowRankLinear(nn.Module):
         if self.merged:
             self.base.weight = self._kept.pop("unmerged")
 
-    def _replace_weight(self, delta: Tensor) -> nn.Parameter:
+    def _replace_weight(self, delta: Tensor) -> Tensor:
         """Give the base its weight plus delta (out, in); returns the weight it had."""
-        old = self.base.weight
-        assert isinstance(old, nn.Parameter)
+        old = self.weight
         total = (old.to(delta.dtype) + self._oriented(delta)).to(old.dtype)
-        self.base.weight = nn.Parameter(total, requires_grad=False)
+        self.base.weight = (
+            nn.Parameter(total, requires_grad=False) if isinstance(old, nn.Parameter) else total
+        )
         return old
 
     @torch.no_grad()
@@ -202,13 +205,20 @@ class LowRankLinear(nn.Module):
 
     # State
 
-    def check_factors(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse factors of other shapes."""
+    def check_factors(self, state: Mapping[str, Tensor], layer: str = "the layer") -> None:
+        """Refuse factors of other shapes, or half of a correction."""
+        if ("U0" in state) != ("V0" in state):
+            raise ConfigError(f"{layer} was saved with only one of U0 and V0; both belong to its correction.")
+        for name, like in (("U0", self.U), ("V0", self.V)):
+            if name in state and state[name].shape != like.shape:
+                raise ConfigError(
+                    f"{layer}: {name} is saved as {tuple(state[name].shape)}; {tuple(like.shape)} is needed."
+                )
         for name in self.FACTORS:
             given, own = tuple(state[name].shape), tuple(getattr(self, name).shape)
             if given != own:
                 raise ConfigError(
-                    f"{name} is saved as {given} and here {own}; adapt with the rank it was saved with."
+                    f"{layer}: {name} is saved as {given} and here {own}; adapt with the saved rank."
                 )
 
     @torch.no_grad()

@@ -192,7 +192,14 @@ class Stiefel(Manifold):
         return w - identity_like(w)
 
     def stacked_move(
-        self, xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float], reduce: Reduce | None = None
+        self,
+        xs: Tall,
+        ms: Tall,
+        e: Tensor,
+        scales: Sequence[float],
+        *,
+        drift: float,
+        reduce: Reduce | None = None,
     ) -> list[OpenSum]:
         """Scale and project the displacements m - x and retract them: the new points, as open sums.
 
@@ -201,9 +208,10 @@ class Stiefel(Manifold):
             ms: the moved points; overwritten.
             e: their overlap.
             scales: factor of the displacement, for each stack.
+            drift: the largest |x^T x - I| there may be.
             reduce: sums a batch over ranks.
         """
-        unmoved = unmoved_matrices(xs, ms, e)
+        unmoved = unmoved_matrices(xs, ms, e, drift)
         if unmoved is None and self.projection == "tangent" and self._retraction.form == "normalizer":
             return normalize(_projected(xs, ms, e, scales), self._retraction, reduce)
         ds = _scaled_displacements(xs, ms, scales, out=ms)
@@ -248,6 +256,10 @@ def _as_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
     """(n, p) or ((n, p),), as in torch.randn."""
     if len(shape) == 1 and not isinstance(shape[0], int):
         shape = tuple(shape[0])
+    if len(shape) >= 2 and not (shape[-2] >= shape[-1] >= 1 and min(shape) >= 0):
+        raise ShapeError(
+            f"the shape {tuple(shape)} is not (*b, n, p) with n >= p >= 1; swap the last two of a wide one."
+        )
     if len(shape) < 2:
         raise ShapeError(
             f"the shape {shape} has fewer than two dimensions; give (*b, n, p), for example (64, 8)."
