@@ -50,7 +50,7 @@ class Stack:
         self.scale = first.placement.scale(first.p.shape)
         # Column-major parameters, as LAPACK's QR and SVD return them, are gathered as they lie.
         self._flipped = is_flipped(first.p)
-        self._dtype = first.p.dtype
+        self._kind = first.p.dtype, first.p.shape
         self._points, self._work = self._workspace(), self._workspace()
         self.xs, self.work = self._tall(self._points), self._tall(self._work)
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
@@ -83,8 +83,8 @@ class Stack:
 
     def load(self) -> None:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
-        if self.params[0].dtype != self._dtype:
-            raise RuntimeError("the parameters' dtype has changed")
+        if (self.params[0].dtype, self.params[0].shape) != self._kind:
+            raise RuntimeError("the parameters' dtype or shape has changed")
         self._gather(self._masters.values() if self._masters else self.params, self._points)
         self._found_grads = [p.grad for p in self.params]
         self._gather(self._found_grads, self._work)  # type: ignore[arg-type]

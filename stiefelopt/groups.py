@@ -134,9 +134,7 @@ def param_groups(
         ConfigError: nothing to train, or one shared parameter declared in two ways.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"param_groups sorts a module's parameters, and a {type(model).__name__} was given; pass the model."
-        )
+        raise ConfigError(f"an nn.Module is needed, got {type(model).__name__}; pass the model.")
     groups: list[dict[str, Any]] = []
     index: dict[str, dict[str, Any]] = {}
     seen: dict[int, str] = {}

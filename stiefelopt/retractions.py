@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, StepError
+from .errors import ConfigError, StepError, UnknownNameError
 from .gram import (
     Reduce,
     Tall,
@@ -98,8 +98,9 @@ class Retraction:
         if not self.variants or metric is None:
             return self
         if metric not in self.variants:
-            raise ConfigError(
-                f"no geodesic of metric {metric!r} is known; {self.name} has {', '.join(self.variants)}."
+            known = ", ".join(map(repr, self.variants))
+            raise UnknownNameError(
+                f"{self.name} knows no geodesic of the metric {metric!r}; it knows {known}."
             )
         return replace(self, function=self.variants[metric])
 

@@ -171,7 +171,13 @@ def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[st
             pairs[name] = t, tensors[f"{name}.lora_B.weight"]
         elif owner is not None:
             saved[owner][key[len(owner) + 1 :]] = t
-        elif part != "B.weight" or f"{name}.lora_A.weight" not in tensors:
+        elif part in ("A.weight", "B.weight"):
+            other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
+            if other not in tensors:
+                raise ConfigError(
+                    f"the checkpoint holds {key!r} without {other!r}; it is incomplete: save it again."
+                )
+        else:
             raise ConfigError(
                 f"the checkpoint holds {key!r}, which is neither half of a LoRA pair on a linear layer nor part of "
                 f"modules_to_save; only plain LoRA (bias='none') can be imported."

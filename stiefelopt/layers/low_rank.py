@@ -23,7 +23,9 @@ def linear_sizes(base: nn.Module) -> tuple[int, int, bool]:
         ConfigError: not linear.
     """
     if isinstance(base, LowRankLinear):
-        raise ConfigError("the base is adapted already; adapt its own base, or merge_adapters(model) first.")
+        raise ConfigError(
+            f"the base is a {type(base).__name__}, adapted already; use its own base, or merge_adapters first."
+        )
     weight = getattr(base, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
         if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
@@ -208,7 +210,8 @@ class LowRankLinear(nn.Module):
     def check_factors(self, state: Mapping[str, Tensor], layer: str = "the layer") -> None:
         """Refuse factors of other shapes, or half of a correction."""
         if ("U0" in state) != ("V0" in state):
-            raise ConfigError(f"{layer} was saved with only one of U0 and V0; both belong to its correction.")
+            missing = "V0" if "U0" in state else "U0"
+            raise ConfigError(f"{layer}.{missing} is missing; a correction is saved as U0 and V0 together.")
         for name, like in (("U0", self.U), ("V0", self.V)):
             if name in state and state[name].shape != like.shape:
                 raise ConfigError(
