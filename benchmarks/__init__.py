@@ -1,0 +1,1 @@
+"""Benchmarks of stiefelopt beside its peers, each one command: `python -m benchmarks.NAME --help`."""

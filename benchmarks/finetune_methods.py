@@ -1,0 +1,92 @@
+"""The methods that `benchmarks.finetune` compares. A new method is one entry in METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import stiefelopt
+from stiefelopt import RiemannianWrapper, StelLALinear
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What every method is given alike: rank, alpha and the names of the layers it adapts."""
+
+    rank: int
+    alpha: float
+    targets: str | list[str]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates: of the adapter (each method's own) and of the new linear head (the same for all)."""
+
+    adapter: float
+    head: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the encoder is adapted, which optimizer trains it, and the learning rate that was tuned for it."""
+
+    adapt: Callable[[nn.Module, Adapter], nn.Module]
+    optimizer: Callable[[nn.Module, nn.Module, Rates], torch.optim.Optimizer]
+    learning_rate: float
+
+
+def lora(**flags: Any) -> Callable[[nn.Module, Adapter], nn.Module]:
+    """LoRA and its relatives, by PEFT's own flags."""
+
+    def adapt(encoder: nn.Module, adapter: Adapter) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=adapter.targets, **flags)
+        return get_peft_model(encoder, config)
+
+    return adapt
+
+
+def adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+    adapters = [p for p in encoder.parameters() if p.requires_grad]
+    groups = [{"params": adapters, "lr": rates.adapter}, {"params": head.parameters(), "lr": rates.head}]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def stella(init: str) -> Callable[[nn.Module, Adapter], nn.Module]:
+    """StelLA (arXiv 2510.01938) with one of the initializations of its table of ablations."""
+
+    def adapt(encoder: nn.Module, adapter: Adapter) -> nn.Module:
+        return stiefelopt.adapt(
+            encoder,
+            StelLALinear,
+            target_modules=adapter.targets,
+            r=adapter.rank,
+            alpha=adapter.alpha,
+            init=init,
+        )
+
+    return adapt
+
+
+def riemannian_adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+    groups = stiefelopt.param_groups(encoder, lr=rates.adapter, weight_decay=0.0)
+    groups += stiefelopt.param_groups(head, lr=rates.head, weight_decay=0.0)
+    return RiemannianWrapper(torch.optim.AdamW(groups))
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(lora(), adamw, learning_rate=1e-3),
+    "dora": Method(lora(use_dora=True), adamw, learning_rate=1e-3),
+    "pissa": Method(lora(init_lora_weights="pissa"), adamw, learning_rate=1e-3),
+    "olora": Method(lora(init_lora_weights="olora"), adamw, learning_rate=1e-3),
+    "stella": Method(stella("random"), riemannian_adamw, learning_rate=5e-3),
+    "stella-zero": Method(stella("zero"), riemannian_adamw, learning_rate=5e-3),
+    "stella-pseudo-zero": Method(stella("pseudo-zero"), riemannian_adamw, learning_rate=5e-3),
+    "stella-svd-major": Method(stella("svd-major"), riemannian_adamw, learning_rate=5e-3),
+    "stella-svd-minor": Method(stella("svd-minor"), riemannian_adamw, learning_rate=5e-3),
+}

@@ -1,0 +1,66 @@
+"""The examples run, show a table and leave a picture; what they claim is checked where it is quick to check."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from examples import copying_rnn, digits
+
+
+@pytest.fixture(autouse=True)
+def _same_number_of_threads_afterwards():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [(copying_rnn, ["--steps", "3", "--blanks", "5"]), (digits, ["--epochs", "1", "--seeds", "2"])],
+    ids=["copying_rnn", "digits"],
+)
+def test_example_runs(example, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["example", *arguments, "--output", str(tmp_path / "new")])
+    example.main()
+    shown = capsys.readouterr().out
+    assert "orthonormal" in shown
+    assert "Saved" in shown
+    assert [picture.stat().st_size > 10_000 for picture in (tmp_path / "new").iterdir()] == [True]
+
+
+def test_the_copying_task_asks_for_what_was_shown():
+    tokens, symbols = copying_rnn.batch(4, blanks=7, generator=torch.Generator().manual_seed(0))
+    assert tokens.shape == (4, 7 + 2 * copying_rnn.COPIED)
+    assert torch.equal(tokens[:, : copying_rnn.COPIED], symbols)
+    assert (tokens == copying_rnn.REPEAT).sum(dim=1).tolist() == [1] * 4
+    assert (tokens[:, -copying_rnn.COPIED :] == copying_rnn.BLANK).all()
+
+
+def test_only_the_constrained_matrix_stays_orthonormal():
+    torch.manual_seed(0)
+    kept, free, plain = copying_rnn.students(lr=1e-2, width=16)
+    assert torch.equal(kept.model.recurrent, free.model.recurrent)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        data = copying_rnn.batch(8, 5, generator)
+        for student in (kept, free, plain):
+            copying_rnn.train_step(student, *data)
+    assert (copying_rnn.singular_values(kept) - 1).abs().max() < 1e-5
+    assert (copying_rnn.singular_values(free) - 1).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+def test_the_constrained_cell_solves_the_task_and_the_plain_one_does_not():
+    torch.manual_seed(0)
+    kept, _, plain = copying_rnn.students(lr=1e-3, width=128)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(100):
+        data = copying_rnn.batch(64, 60, generator)
+        for student in (kept, plain):
+            copying_rnn.train_step(student, *data)
+    assert kept.recalled[-1] > 0.9
+    assert plain.recalled[-1] < 0.3

@@ -1,0 +1,957 @@
+"""StelLALinear with every option, and adapt / merge_adapters on whole models."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers.pytorch_utils import Conv1D
+
+from stiefelopt import (
+    ConfigError,
+    RiemannianWrapper,
+    StelLALinear,
+    Stiefel,
+    adapt,
+    merge_adapters,
+    param_groups,
+)
+
+torch.set_num_threads(1)
+
+INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
+every_init = pytest.mark.parametrize("init", INITS)
+both_shapes_of_s = pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])
+OUT, IN, R = 7, 10, 3
+
+
+class LinearLike(nn.Module):
+    """Not nn.Linear, but a linear module all the same."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + 1.0
+
+
+class BufferedLinear(nn.Module):
+    """A frozen linear module: its weight is a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, twin: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = twin.in_features, twin.out_features
+        self.register_buffer("weight", twin.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+def linear(dtype: torch.dtype = torch.float32, *, bias: bool = True, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+
+
+def conv1d(seed: int = 0) -> Any:
+    """transformers' Conv1D with the weight of `linear`."""
+    twin = linear(seed=seed)
+    base = Conv1D(OUT, IN)
+    base.weight.data.copy_(twin.weight.detach().T)
+    base.bias.data.copy_(twin.bias.detach())
+    return base
+
+
+def linear_like(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return LinearLike(IN, OUT)
+
+
+BASES: dict[str, Callable[[], Any]] = {
+    "Linear": linear,
+    "no bias": lambda: linear(bias=False),
+    "float64": lambda: linear(torch.float64),
+    "Conv1D": conv1d,
+    "linear-like": linear_like,
+    "weight as buffer": lambda: BufferedLinear(linear()),
+}
+every_base = pytest.mark.parametrize("make", BASES.values(), ids=list(BASES))
+
+
+def layer_on(
+    base: nn.Module, r: int = R, alpha: float | None = 4.0, *, seed: int = 5, **options: Any
+) -> StelLALinear:
+    return StelLALinear(base, r, alpha, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def trained(layer: StelLALinear, seed: int = 9) -> StelLALinear:
+    """Factors as after training: U, V other points, S anything."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for factor in (layer.U, layer.V):
+            factor.copy_(Stiefel().random_point(*factor.shape, dtype=factor.dtype, generator=generator))
+        layer.S.copy_(torch.randn(layer.S.shape, generator=generator))
+    return layer
+
+
+def inputs(*batch: int, dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:
+    return torch.randn(*batch, IN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def dense_update(layer: StelLALinear) -> Tensor:
+    """scale U S V^T, written out."""
+    s = layer.S.detach().diag() if layer.S.ndim == 1 else layer.S.detach()
+    return layer.scale * layer.U.detach() @ s @ layer.V.detach().T
+
+
+def weight_of(base: Any) -> Tensor:
+    """The weight as (out, in)."""
+    weight: Tensor = base.weight.detach().clone()
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def assert_near(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+# The function
+
+
+@every_base
+@every_init
+@both_shapes_of_s
+def test_it_computes_what_the_formula_says(make: Callable[[], Any], init: str, diagonal: bool) -> None:
+    base = make()
+    layer = trained(layer_on(base, init=init, diagonal=diagonal))
+    x = inputs(5, dtype=base.weight.dtype)
+    assert_near(layer(x), base(x) + x @ dense_update(layer).T)
+    assert (layer.r, layer.alpha, layer.scale) == (R, 4.0, 4.0 / 3)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 3), (2, 1, 4)])
+@every_base
+def test_inputs_of_any_rank(make: Callable[[], Any], batch: tuple[int, ...]) -> None:
+    base = make()
+    layer = trained(layer_on(base))
+    x = inputs(*batch, dtype=base.weight.dtype)
+    if isinstance(base, Conv1D) and batch == (0,):
+        pytest.skip("transformers' Conv1D itself cannot view an empty batch")
+    y = layer(x)
+    assert y.shape == (*batch, OUT)
+    assert_near(y, base(x) + x @ dense_update(layer).T)
+
+
+def test_non_contiguous_inputs() -> None:
+    layer = trained(layer_on(linear()))
+    x = inputs(4, 6).transpose(0, 1)
+    assert_near(layer(x), layer(x.contiguous()), 1e-6)
+
+
+@both_shapes_of_s
+def test_gradients_are_those_of_the_function(diagonal: bool) -> None:
+    layer = trained(layer_on(linear(torch.float64), diagonal=diagonal))
+    x = inputs(4, dtype=torch.float64).requires_grad_()
+
+    def f(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"U": u, "S": s, "V": v}, (x,))
+
+    assert torch.autograd.gradcheck(f, (x, layer.U, layer.S, layer.V))
+
+
+@every_base
+@every_init
+@both_shapes_of_s
+def test_the_factors_are_what_the_page_says(make: Callable[[], Any], init: str, diagonal: bool) -> None:
+    base = make()
+    layer = layer_on(base, init=init, diagonal=diagonal)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters() if not name.startswith("base")}
+    assert shapes == {"U": (OUT, R), "S": (R,) if diagonal else (R, R), "V": (IN, R)}
+    dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+    for factor in (layer.U, layer.S, layer.V):
+        assert isinstance(factor, nn.Parameter)
+        assert factor.dtype == dtype
+        assert factor.requires_grad
+    assert layer.base is base
+    assert not any(p.requires_grad for p in base.parameters())
+    Stiefel().check(layer.U)
+    Stiefel().check(layer.V)
+
+
+# Initialization
+
+
+@every_base
+@both_shapes_of_s
+@pytest.mark.parametrize("init", ["random", "zero", "svd-major", "svd-minor"])
+def test_s_and_the_base_weight_at_the_start(make: Callable[[], Any], init: str, diagonal: bool) -> None:
+    base = make()
+    before = weight_of(base)
+    layer = layer_on(base, init=init, diagonal=diagonal)
+    assert torch.equal(weight_of(base), before)
+    expected = torch.zeros(R) if init == "zero" else torch.ones(R)
+    assert torch.equal(layer.S.detach().float(), expected if diagonal else expected.diag())
+
+
+@every_base
+@both_shapes_of_s
+def test_zero_starts_at_the_function_itself(make: Callable[[], Any], diagonal: bool) -> None:
+    base = make()
+    x = inputs(5, dtype=base.weight.dtype)
+    before = base(x)
+    assert torch.equal(layer_on(base, init="zero", diagonal=diagonal)(x), before)
+
+
+@every_base
+@both_shapes_of_s
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_pseudo_zero_starts_at_the_function_itself(
+    make: Callable[[], Any], diagonal: bool, alpha: float | None
+) -> None:
+    base = make()
+    x = inputs(5, dtype=base.weight.dtype)
+    before, weight = base(x).detach(), weight_of(base)
+    layer = layer_on(base, alpha=alpha, init="pseudo-zero", diagonal=diagonal)
+    assert torch.equal(layer.S.detach().float(), torch.ones(R) if diagonal else torch.eye(R))
+    assert_near(layer(x).detach(), before, 1e-5)
+    assert_near(weight_of(base), weight - layer.scale * layer.U.detach() @ layer.V.detach().T, 1e-6)
+    assert layer.delta_weight().abs().max() == 0
+
+
+@every_base
+@pytest.mark.parametrize(("init", "part"), [("svd-major", slice(None, R)), ("svd-minor", slice(-R, None))])
+def test_svd_inits_are_numpys_singular_vectors(make: Callable[[], Any], init: str, part: slice) -> None:
+    base = make()
+    u, s, vh = np.linalg.svd(weight_of(base).double().numpy(), full_matrices=False)
+    layer = layer_on(base, init=init)
+    ours_u, ours_v = layer.U.detach().double().numpy(), layer.V.detach().double().numpy()
+    # Signs are free, but the same in U and V: u_i v_i^T is unique.
+    for i, j in enumerate(range(*part.indices(len(s)))):
+        np.testing.assert_allclose(np.outer(ours_u[:, i], ours_v[:, i]), np.outer(u[:, j], vh[j]), atol=2e-5)
+
+
+def test_the_random_init_is_haar_like() -> None:
+    """Mean zero in every entry and U, V independent: no signs fixed, no identity left in."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [StelLALinear(linear(), 2, generator=generator) for _ in range(300)]
+    for name in ("U", "V"):
+        mean = torch.stack([getattr(d, name).detach() for d in draws]).mean(0)
+        assert mean.abs().max() < 4 / math.sqrt(300 * 7)
+    assert abs(torch.stack([(d.U[:, 0].sum() * d.V[:, 0].sum()).detach() for d in draws]).mean()) < 0.3
+
+
+@every_init
+def test_a_generator_makes_it_reproducible_and_spares_the_global_one(init: str) -> None:
+    state = torch.get_rng_state()
+    bases = [linear(), linear(), linear()]
+    torch.set_rng_state(state)
+    first, again, other = (layer_on(b, seed=s, init=init) for b, s in zip(bases, (5, 5, 6), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name in ("U", "S", "V"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    if not init.startswith("svd"):
+        assert not torch.equal(first.U, other.U)
+
+
+def test_without_a_generator_the_global_seed_decides() -> None:
+    layers = []
+    for seed in (1, 1, 2):
+        base = linear()
+        torch.manual_seed(seed)
+        layers.append(StelLALinear(base, R))
+    assert torch.equal(layers[0].U, layers[1].U)
+    assert not torch.equal(layers[0].U, layers[2].U)
+
+
+@every_base
+@every_init
+@both_shapes_of_s
+def test_reset_parameters_starts_again(make: Callable[[], Any], init: str, diagonal: bool) -> None:
+    base = make()
+    x = inputs(5, dtype=base.weight.dtype)
+    original, fresh = weight_of(base), copy.deepcopy(base)
+    layer = trained(layer_on(base, init=init, diagonal=diagonal))
+    layer.merge()
+    layer.reset_parameters(torch.Generator().manual_seed(11))
+    assert not layer.merged
+    reference = layer_on(fresh, seed=11, init=init, diagonal=diagonal)
+    for name in ("U", "S", "V"):
+        assert_near(getattr(layer, name).detach(), getattr(reference, name).detach(), 1e-6)
+    assert_near(layer(x).detach(), reference(x).detach(), 1e-5)
+    if init != "pseudo-zero":
+        assert torch.equal(weight_of(base), original)
+
+
+def test_resetting_many_times_does_not_wear_the_base_weight() -> None:
+    """Each pseudo-zero takes its correction out of the original weight, not of a rounded one."""
+    base = linear(torch.bfloat16)
+    original = base.weight.detach().clone()
+    layer = layer_on(base, alpha=30.0, init="pseudo-zero")
+    for seed in range(20):
+        layer.reset_parameters(torch.Generator().manual_seed(seed))
+    restored = base.weight.detach().float() + layer.scale * (layer.U @ layer.V.T).detach()
+    one_rounding = (
+        2**-8 * (layer.scale * (layer.U @ layer.V.T).detach().abs().max() + original.abs().max()).item()
+    )
+    assert (restored - original.float()).abs().max() <= one_rounding
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("alpha", "use_rslora", "scale"),
+    [(None, False, 1.0), (None, True, 2.0), (8, False, 2.0), (8.0, True, 4.0)],
+)
+def test_alpha_and_rslora_make_the_scale(alpha: float | None, use_rslora: bool, scale: float) -> None:
+    layer = trained(StelLALinear(linear(), 4, alpha, use_rslora=use_rslora))
+    assert (layer.alpha, layer.scale) == (4.0 if alpha is None else 8.0, scale)
+    x = inputs(5)
+    update = scale * layer.U @ layer.S @ layer.V.T
+    assert_near(layer(x), layer.base(x) + x @ update.T)
+    assert_near(layer.delta_weight(), update.detach())
+
+
+def test_dropout_is_on_the_adapters_input_and_in_training_only() -> None:
+    layer = trained(layer_on(linear(), dropout=0.5))
+    x = inputs(64)
+    layer.eval()
+    assert_near(layer(x), layer.base(x) + x @ dense_update(layer).T)
+    layer.train()
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    assert_near(y, layer.base(x) + dropped @ dense_update(layer).T)
+    assert not torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize(("given", "stored"), [(None, IN), (64, 64)])
+def test_reference_dim_is_stored_and_reaches_the_groups(given: int | None, stored: int) -> None:
+    layer = layer_on(linear(), reference_dim=given)
+    assert layer.reference_dim == stored
+    groups = [g for g in param_groups(layer) if "manifold" in g]
+    assert [g["reference_dim"] for g in groups] == [stored]
+    assert {id(p) for g in groups for p in g["params"]} == {id(layer.U), id(layer.V)}
+
+
+@pytest.mark.parametrize("r", [1, OUT])
+@every_init
+def test_the_smallest_and_the_largest_rank(r: int, init: str) -> None:
+    layer = layer_on(linear(), r, init=init)
+    wrapper = RiemannianWrapper(AdamW(param_groups(layer, lr=1e-2)))
+    for _ in range(3):
+        wrapper.zero_grad()
+        layer(inputs(4)).square().mean().backward()
+        wrapper.step()
+    assert max(wrapper.residuals().values()) < 2e-6
+
+
+def test_repr_says_rank_and_scale() -> None:
+    text = repr(layer_on(linear()))
+    assert "r=3" in text
+    assert "alpha=4" in text
+    assert "Linear(in_features=10" in text
+
+
+# Precision
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@every_init
+def test_a_half_base_has_float32_factors(dtype: torch.dtype, init: str) -> None:
+    base = linear(dtype)
+    layer = trained(layer_on(base, init=init))
+    assert {layer.U.dtype, layer.S.dtype, layer.V.dtype} == {torch.float32}
+    assert base.weight.dtype == dtype
+    x = inputs(5, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    exact = base(x).float() + x.float() @ dense_update(layer).T
+    assert_near(y.float(), exact, 8 * torch.finfo(dtype).eps * exact.abs().max().item())
+    y.float().square().sum().backward()
+    assert layer.U.grad is not None
+    assert layer.U.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "to_half",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to(dtype=torch.float16),
+    ],
+    ids=["half", "bfloat16", "to", "to dtype="],
+)
+@pytest.mark.parametrize("init", ["random", "pseudo-zero"])
+def test_half_and_bfloat16_leave_the_factors_alone(
+    to_half: Callable[[nn.Module], nn.Module], init: str
+) -> None:
+    layer = trained(layer_on(linear(), init=init))
+    layer(inputs(4)).sum().backward()
+    before = {n: p.detach().clone() for n, p in layer.named_parameters() if "base" not in n}
+    model = to_half(nn.Sequential(layer))
+    assert weight_of(layer.base).dtype in HALVES
+    for name, old in before.items():
+        factor = getattr(layer, name)
+        assert torch.equal(factor, old)
+        assert factor.dtype == factor.grad.dtype == torch.float32
+    x = inputs(5, dtype=weight_of(layer.base).dtype)
+    assert model(x).dtype == x.dtype
+    # The net update is still the one of float32: the correction was not rounded either.
+    assert layer.delta_weight().dtype == torch.float32
+
+
+def test_double_is_honoured_and_float_comes_back() -> None:
+    layer = trained(layer_on(linear(), init="pseudo-zero"))
+    x = inputs(5)
+    y = layer(x)
+    layer.double()
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    assert_near(layer(x.double()).float(), y)
+    assert layer.delta_weight().dtype == torch.float64
+    layer.float()
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    assert_near(layer(x), y)
+
+
+@both_shapes_of_s
+@pytest.mark.parametrize("merged", [False, True])
+@every_base
+def test_autocast(make: Callable[[], Any], diagonal: bool, merged: bool) -> None:
+    base = make()
+    if base.weight.dtype == torch.float64:
+        pytest.skip("autocast leaves float64 alone")
+    layer = trained(layer_on(base, diagonal=diagonal))
+    if merged:
+        layer.merge()
+    x = inputs(5)
+    exact = layer(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = base(x)
+        y = layer(x)
+    assert y.dtype == plain.dtype
+    assert_near(y.detach().float(), exact, 0.05 * exact.abs().max().item())
+    if not merged:
+        y.float().sum().backward()
+        assert layer.V.grad is not None
+        assert layer.V.grad.dtype == torch.float32
+
+
+# Merging
+
+
+@every_base
+@every_init
+@both_shapes_of_s
+def test_merge_and_unmerge(make: Callable[[], Any], init: str, diagonal: bool) -> None:
+    base = make()
+    x = inputs(5, dtype=base.weight.dtype)
+    original = weight_of(base)
+    layer = trained(layer_on(base, init=init, diagonal=diagonal, dropout=0.5)).eval()
+    started, y = base.weight.detach().clone(), layer(x).detach()
+    states = [layer.merged]
+    for _ in range(2):
+        layer.merge()
+        states.append(layer.merged)
+    assert_near(layer(x).detach(), y)
+    assert_near(base(x).detach(), y)
+    assert_near(layer.delta_weight(), weight_of(base) - original, 2e-6)
+    assert_near(layer.train()(x).detach(), y)
+    for _ in range(2):
+        layer.unmerge()
+        states.append(layer.merged)
+    assert states == [False, True, True, False, False]
+    assert torch.equal(base.weight, started)
+    assert_near(layer.eval()(x).detach(), y, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@every_init
+def test_unmerging_is_bitwise_in_every_dtype(dtype: torch.dtype, init: str) -> None:
+    base = linear(dtype)
+    original = weight_of(base)
+    layer = trained(layer_on(base, init=init))
+    started = base.weight.detach().clone()
+    layer.merge()
+    merged = base.weight.detach().clone()
+    assert merged.dtype == dtype
+    assert not torch.equal(merged, started)
+    tolerance = 4 * torch.finfo(dtype).eps * max(1.0, merged.abs().max().item(), started.abs().max().item())
+    assert_near((merged - original).double(), layer.delta_weight().double(), tolerance)
+    layer.unmerge()
+    assert torch.equal(base.weight, started)
+
+
+def test_merged_in_float32_and_cast_to_half_is_unmerged_to_the_casted_original() -> None:
+    base = linear()
+    layer = trained(layer_on(base))
+    original = base.weight.detach().clone()
+    layer.merge()
+    layer.bfloat16()
+    layer.unmerge()
+    assert torch.equal(base.weight, original.bfloat16())
+
+
+@every_base
+@every_init
+@both_shapes_of_s
+def test_to_lora_is_the_net_change(make: Callable[[], Any], init: str, diagonal: bool) -> None:
+    layer = trained(layer_on(make(), init=init, diagonal=diagonal))
+    a, b = layer.to_lora()
+    k = 2 * R if init == "pseudo-zero" else R
+    assert (a.shape, b.shape) == ((k, IN), (OUT, k))
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    assert not a.requires_grad
+    assert_near(b @ a, layer.delta_weight(), 1e-6)
+    a.zero_()
+    b.zero_()
+    assert layer.U.abs().max() > 0  # copies, not views
+
+
+@every_init
+@both_shapes_of_s
+def test_conv1d_is_the_linear_with_the_transposed_weight(init: str, diagonal: bool) -> None:
+    ours, twin = (layer_on(b, init=init, diagonal=diagonal) for b in (conv1d(), linear()))
+    x = inputs(2, 5)
+    assert_near(ours(x), twin(x))
+    assert_near(ours.delta_weight(), twin.delta_weight())
+    ours.merge()
+    twin.merge()
+    assert_near(weight_of(ours.base), weight_of(twin.base))
+
+
+# Refused
+
+
+class WrongShape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 4, 6
+        self.weight = nn.Parameter(torch.zeros(4, 6))
+
+
+class IntegerWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 4, 6
+        self.register_buffer("weight", torch.zeros(6, 4, dtype=torch.int8))
+
+
+NOT_LINEAR: dict[str, Callable[[], nn.Module]] = {
+    "Embedding": lambda: nn.Embedding(5, 4),
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "Conv2d": lambda: nn.Conv2d(3, 4, 1),
+    "Conv1d": lambda: nn.Conv1d(3, 4, 1),
+    "Identity": nn.Identity,
+    "LSTM": lambda: nn.LSTM(3, 4),
+    "Bilinear": lambda: nn.Bilinear(3, 4, 5),
+    "Sequential": lambda: nn.Sequential(nn.Linear(4, 4)),
+    "WrongShape": WrongShape,
+    "IntegerWeight": IntegerWeight,
+}
+
+
+@pytest.mark.parametrize("make", NOT_LINEAR.values(), ids=list(NOT_LINEAR))
+def test_a_base_that_is_not_linear_is_refused_and_left_trainable(make: Callable[[], Any]) -> None:
+    base = make()
+    with pytest.raises(ConfigError, match=rf"{type(base).__name__}.*linear module is needed.*out_features"):
+        StelLALinear(base, 2)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+# Copies and state
+
+
+@every_init
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_deep_copy_is_independent_and_complete(init: str, merged: bool) -> None:
+    layer = trained(layer_on(linear(), init=init, reference_dim=77))
+    x = inputs(5)
+    y = layer(x).detach()
+    started = weight_of(layer.base)
+    if merged:
+        layer.merge()
+    twin = copy.deepcopy(layer)
+    trained(layer, seed=21)
+    layer.unmerge()
+    nn.init.zeros_(layer.get_parameter("base.weight"))
+    assert_near(twin(x).detach(), y)
+    twin.unmerge()
+    assert torch.equal(weight_of(twin.base), started)
+    assert [g["reference_dim"] for g in param_groups(twin) if "manifold" in g] == [77]
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@every_base
+@both_shapes_of_s
+@pytest.mark.parametrize("saved_init", ["random", "zero", "pseudo-zero"])
+@pytest.mark.parametrize("live_init", ["random", "pseudo-zero", "svd-major"])
+def test_a_state_dict_round_trip_gives_the_same_function(
+    make: Callable[[], Any], diagonal: bool, saved_init: str, live_init: str
+) -> None:
+    saved = trained(layer_on(make(), init=saved_init, diagonal=diagonal))
+    live = layer_on(make(), seed=33, init=live_init, diagonal=diagonal)
+    live.load_state_dict(through_a_file(saved.state_dict()))
+    x = inputs(5, dtype=saved.U.dtype)
+    assert torch.equal(live(x), saved(x))
+    assert_near(live.delta_weight(), saved.delta_weight(), 1e-7)
+    assert live.U.requires_grad
+
+
+def test_a_state_saved_while_merged_does_not_count_the_update_twice() -> None:
+    saved, live = trained(layer_on(linear())), layer_on(linear(), seed=8)
+    x = inputs(5)
+    y = saved(x).detach()
+    saved.merge()
+    live.load_state_dict(through_a_file(saved.state_dict()))
+    assert_near(live(x).detach(), y)
+
+
+def test_loading_into_a_merged_layer() -> None:
+    saved, live = trained(layer_on(linear())), trained(layer_on(linear()), seed=40)
+    live.merge()
+    live.load_state_dict(saved.state_dict())
+    x = inputs(5)
+    assert_near(live(x), saved(x))
+    assert not live.merged
+
+
+def test_the_state_dict_is_strict() -> None:
+    layer = layer_on(linear())
+    state = layer.state_dict()
+    assert set(state) == {"U", "S", "V", "base.weight", "base.bias"}
+    state.pop("V")
+    with pytest.raises(RuntimeError, match="V"):
+        layer_on(linear()).load_state_dict(state)
+    assert {"U0", "V0"} <= set(layer_on(linear(), init="pseudo-zero").state_dict())
+
+
+@every_base
+@every_init
+def test_training_lowers_the_loss_and_keeps_the_bases_orthonormal(make: Callable[[], Any], init: str) -> None:
+    base = make()
+    layer = layer_on(base, init=init, dropout=0.05)
+    before = weight_of(base)
+    x = inputs(64, dtype=base.weight.dtype)
+    generator = torch.Generator().manual_seed(1)
+    change = (
+        Stiefel().random_point(OUT, 2, generator=generator)
+        @ Stiefel().random_point(IN, 2, generator=generator).mT
+    )
+    target = (base(x) + x @ change.to(x).T).detach()
+    wrapper = RiemannianWrapper(AdamW(param_groups(layer, lr=0.02)))
+    losses = []
+    for _ in range(60):
+        wrapper.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        wrapper.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert max(wrapper.residuals().values()) < 2e-6
+    assert torch.equal(weight_of(base), before)
+
+
+# adapt
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.dense = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.out(torch.tanh(self.dense(self.query(x) * self.key(x)))))
+
+
+class Model(nn.Module):
+    """Embedding, two blocks, a head that is the output embedding."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.classifier = nn.Linear(8, 3)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return torch.cat((self.classifier(x), self.lm_head(x)), -1)
+
+
+IDS = torch.arange(10).reshape(2, 5)
+LINEARS = ("query", "key", "dense", "out")
+EVERY = {f"layers.{i}.{name}" for i in range(2) for name in LINEARS}
+
+
+def adapted_names(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, StelLALinear)}
+
+
+TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "endings": ({"target_modules": ["query", "out"]}, {n for n in EVERY if n.endswith(("query", "out"))}),
+    "a longer ending": ({"target_modules": ["1.query"]}, {"layers.1.query"}),
+    "a whole name": ({"target_modules": ["layers.0.dense"]}, {"layers.0.dense"}),
+    "endings are whole words": ({"target_modules": ["y", "key"]}, {n for n in EVERY if n.endswith("key")}),
+    "a tuple": ({"target_modules": ("key",)}, {n for n in EVERY if n.endswith("key")}),
+    "a regex": (
+        {"target_modules": r"layers\.\d+\.(query|key)"},
+        {n for n in EVERY if n.endswith(("query", "key"))},
+    ),
+    "a regex matches in full": ({"target_modules": r".*\.0\.\w+y"}, {"layers.0.query", "layers.0.key"}),
+    "all-linear": ({"target_modules": "all-linear"}, {*EVERY, "classifier"}),
+    "all-linear without a saved module": (
+        {"target_modules": "all-linear", "modules_to_save": ["classifier"]},
+        EVERY,
+    ),
+    "without an ending": (
+        {"target_modules": "all-linear", "exclude_modules": ["classifier", "key"]},
+        {n for n in EVERY if not n.endswith("key")},
+    ),
+    "without a regex": (
+        {"target_modules": "all-linear", "exclude_modules": r"layers\.1\..*|classifier"},
+        {n for n in EVERY if n.startswith("layers.0")},
+    ),
+    "the output embedding by name": ({"target_modules": ["lm_head"]}, {"lm_head"}),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), TARGETS.values(), ids=list(TARGETS))
+def test_target_modules(options: dict[str, Any], expected: set[str]) -> None:
+    model = Model()
+    assert adapt(model, StelLALinear, r=2, **options) is model
+    assert adapted_names(model) == expected
+
+
+def test_what_trains_after_adapt() -> None:
+    model = adapt(Model(), target_modules=["query"], modules_to_save=["classifier", "norm"], r=2)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    factors = {f"layers.{i}.query.{f}" for i in range(2) for f in "USV"}
+    norms = {f"layers.{i}.norm.{w}" for i in range(2) for w in ("weight", "bias")}
+    assert trainable == factors | norms | {"classifier.weight", "classifier.bias"}
+
+
+def test_the_default_layer_is_stella_and_options_reach_it() -> None:
+    model = adapt(
+        Model(), target_modules=["query"], r=2, alpha=6, dropout=0.25, diagonal=True, init="svd-minor"
+    )
+    layer = model.get_submodule("layers.0.query")
+    assert isinstance(layer, StelLALinear)
+    assert (layer.r, layer.alpha, layer.scale, layer.init, layer.diagonal) == (2, 6.0, 3.0, "svd-minor", True)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"), [("all-linear", 8), (["out"], 16), (["out", "dense", "query"], 8)]
+)
+def test_reference_dim_is_the_commonest_width_printed_and_stored(
+    targets: Any, expected: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapt(Model(), target_modules=targets, r=2)
+    assert f"reference_dim = {expected}" in capsys.readouterr().out
+    assert {m.reference_dim for m in model.modules() if isinstance(m, StelLALinear)} == {expected}
+    assert {g["reference_dim"] for g in param_groups(model) if "manifold" in g} == {expected}
+
+
+def test_a_given_reference_dim_is_kept() -> None:
+    model = adapt(Model(), target_modules="all-linear", r=2, reference_dim=768)
+    assert {m.reference_dim for m in model.modules() if isinstance(m, StelLALinear)} == {768}
+
+
+@pytest.mark.parametrize("init", ["zero", "pseudo-zero"])
+def test_the_adapted_model_starts_at_the_same_function(init: str) -> None:
+    model = Model()
+    before = model(IDS).detach()
+    adapt(model, target_modules="all-linear", r=2, alpha=4, init=init)
+    assert_near(model(IDS).detach(), before)
+
+
+def everything(model: nn.Module) -> Any:
+    """All that a refused adapt must leave alone."""
+    return (
+        {n: (type(m), id(m)) for n, m in model.named_modules()},
+        {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()},
+        {k for k in model.__dict__ if "stiefelopt" in k},
+    )
+
+
+def assert_unchanged(model: nn.Module, before: Any) -> None:
+    modules, parameters, marks = everything(model)
+    assert modules == before[0]
+    assert marks == before[2]
+    assert parameters.keys() == before[1].keys()
+    for name, (requires_grad, value) in parameters.items():
+        assert requires_grad == before[1][name][0], name
+        assert torch.equal(value, before[1][name][1]), name
+
+
+BAD_ADAPT: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing matches": ({"target_modules": ["q_proj"], "r": 2}, r"q_proj.*layers\.0\.query"),
+    "a regex must match in full": ({"target_modules": "query", "r": 2}, r"'query' matches no module.*layers"),
+    "an empty list": ({"target_modules": [], "r": 2}, r"matches no module"),
+    "an invalid regex": ({"target_modules": "layers.(", "r": 2}, r"layers\.\("),
+    "everything excluded": (
+        {"target_modules": ["key"], "exclude_modules": ["key"], "r": 2},
+        r"key.*matches no module",
+    ),
+    "a match that is not linear": ({"target_modules": ["norm"], "r": 2}, r"LayerNorm.*linear module"),
+    "an embedding": ({"target_modules": ["query", "embed"], "r": 2}, r"Embedding.*linear module"),
+    "no such module to save": (
+        {"target_modules": ["key"], "modules_to_save": ["score"], "r": 2},
+        r"modules_to_save.*'score'",
+    ),
+    "no rank": ({"target_modules": ["key"]}, r"rank.*r="),
+    "a rank too large for one": ({"target_modules": "all-linear", "r": 4}, r"rank is 4.*from 1 to 3"),
+    "the same, with corrected bases": (
+        {"target_modules": "all-linear", "r": 4, "init": "pseudo-zero"},
+        r"rank is 4.*from 1 to 3",
+    ),
+    "an unknown init": (
+        {"target_modules": ["key"], "r": 2, "init": "orthogonal"},
+        r"'orthogonal'.*'pseudo-zero'",
+    ),
+    "a reference_dim that is none": (
+        {"target_modules": ["key"], "r": 2, "reference_dim": 0},
+        r"reference_dim.*0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ADAPT.values(), ids=list(BAD_ADAPT))
+def test_a_refused_adapt_changes_nothing(options: dict[str, Any], message: str) -> None:
+    model = Model()
+    model.embed.requires_grad_(False)
+    before = everything(model)
+    with pytest.raises(ConfigError, match=message):
+        adapt(model, StelLALinear, **options)
+    assert_unchanged(model, before)
+
+
+def test_adapting_twice_is_refused_with_the_way_out() -> None:
+    model = adapt(Model(), target_modules=["query"], r=2)
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"layers\.0\.query.*merge_adapters"):
+        adapt(model, target_modules=["key"], r=2)
+    assert_unchanged(model, before)
+    adapt(merge_adapters(model), target_modules=["key"], r=2)
+    assert adapted_names(model) == {"layers.0.key", "layers.1.key"}
+
+
+def test_a_base_weight_shared_with_another_module_is_not_corrected_behind_its_back() -> None:
+    """Tied embeddings: taking X0 out of the head must not change the embedding."""
+    model = Model()
+    model.lm_head.weight = model.embed.weight
+    before = model(IDS).detach()
+    with contextlib.suppress(ConfigError):  # refused, or right
+        adapt(model, target_modules=["lm_head"], r=2, alpha=8, init="pseudo-zero")
+    assert_near(model(IDS).detach(), before)
+
+
+def test_a_module_used_in_two_places_is_adapted_in_both() -> None:
+    shared: Any = nn.Linear(8, 8)
+    model: Any = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(8, 8)})
+    adapt(model, target_modules="all-linear", r=2)
+    assert model["a"] is model["b"]
+    assert isinstance(model["b"], StelLALinear)
+    merge_adapters(model)
+    assert model["a"] is model["b"] is shared
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["linear1", "linear2"]])
+def test_torchs_encoder_layer_gives_in_eval_what_it_gives_in_training(targets: Any) -> None:
+    """Its fast path reads weights past the forward of its linear modules; an adapter must not be lost there."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    adapt(model, target_modules=targets, r=4, alpha=64)
+    x = torch.randn(2, 5, 16)
+    expected = model.train()(x).detach()
+    assert_near(model.eval()(x).detach(), expected)
+    with torch.no_grad():
+        assert_near(model(x), expected)
+
+
+def test_every_adapted_layer_gets_a_gradient_in_torchs_encoder_layer() -> None:
+    """MultiheadAttention reads out_proj.weight directly: an adapter there would never act."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    adapt(model, target_modules="all-linear", r=4)
+    model(torch.randn(2, 5, 16)).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_an_adapter_that_cannot_act_is_refused() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    before = everything(model)
+    with pytest.raises(ConfigError, match="out_proj"):
+        adapt(model, target_modules=["out_proj"], r=4)
+    assert_unchanged(model, before)
+
+
+def disturb(model: nn.Module) -> nn.Module:
+    for i, m in enumerate(m for m in model.modules() if isinstance(m, StelLALinear)):
+        trained(m, seed=50 + i)
+    return model
+
+
+@every_init
+def test_merge_adapters_gives_plain_modules_with_the_same_outputs(init: str) -> None:
+    model = Model()
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    objects = {n: id(m) for n, m in model.named_modules()}
+    disturb(adapt(model, target_modules="all-linear", r=2, init=init, modules_to_save=["classifier"]))
+    expected = model(IDS).detach()
+    assert merge_adapters(model) is model
+    assert {n: type(m) for n, m in model.named_modules()} == kinds
+    assert {n: id(m) for n, m in model.named_modules()} == objects
+    assert_near(model(IDS).detach(), expected)
+
+
+def test_merge_adapters_of_a_model_that_is_merged_in_part() -> None:
+    model = disturb(adapt(Model(), target_modules="all-linear", r=2))
+    expected = model(IDS).detach()
+    first = model.get_submodule("layers.0.query")
+    assert isinstance(first, StelLALinear)
+    first.merge()
+    assert_near(merge_adapters(model)(IDS).detach(), expected)
+
+
+def test_merge_adapters_of_a_layer_and_of_a_plain_model() -> None:
+    layer = trained(layer_on(linear()))
+    x = inputs(5)
+    expected = layer(x).detach()
+    plain: Any = merge_adapters(layer)
+    assert type(plain) is nn.Linear
+    assert_near(plain(x).detach(), expected)
+    with pytest.raises(ConfigError, match=r"no adapted layer.*adapt\("):
+        merge_adapters(Model())

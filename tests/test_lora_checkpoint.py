@@ -1,0 +1,555 @@
+"""Adapters on disk: our own state dicts, and stock PEFT LoRA checkpoints in both directions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from stiefelopt import (
+    ConfigError,
+    RiemannianWrapper,
+    StelLALinear,
+    Stiefel,
+    adapt,
+    adapter_state_dict,
+    export_lora,
+    import_lora,
+    load_adapter_state_dict,
+    merge_adapters,
+    param_groups,
+)
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+torch.set_num_threads(1)
+
+INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
+every_init = pytest.mark.parametrize("init", INITS)
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def bert(seed: int = 0) -> Any:
+    """A classifier made of nn.Linear."""
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        num_labels=3,
+        initializer_range=0.3,
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def gpt2(seed: int = 0) -> Any:
+    """A language model made of Conv1D, with a tied head."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+# (model, what is adapted, what is trained whole)
+Kind = tuple[Callable[[], nn.Module], list[str], tuple[str, ...]]
+KINDS: dict[str, Kind] = {
+    "Linear": (bert, ["query", "value", "intermediate.dense"], ()),
+    "Linear and a head": (bert, ["query", "value"], ("classifier",)),
+    "Conv1D": (gpt2, ["c_attn", "c_fc"], ()),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def disturb(model: nn.Module) -> nn.Module:
+    """Factors and saved modules as after training."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, StelLALinear):
+                for factor in (module.U, module.V):
+                    factor.copy_(Stiefel().random_point(*factor.shape, generator=generator).to(factor))
+                module.S.copy_(torch.randn(module.S.shape, generator=generator))
+        for name, p in model.named_parameters():
+            if p.requires_grad and name.endswith(("weight", "bias")):
+                p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def adapted(kind: Kind, **options: Any) -> nn.Module:
+    make, targets, saved = kind
+    options = {"r": 3, "alpha": 6.0, "generator": torch.Generator().manual_seed(5), **options}
+    return adapt(make(), StelLALinear, target_modules=targets, modules_to_save=saved, **options)
+
+
+def assert_near(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def everything(model: nn.Module) -> Any:
+    """Modules, trainability and values: what a refused call must leave alone."""
+    modules = {n: (type(m), id(m)) for n, m in model.named_modules()}
+    return modules, {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
+
+
+def assert_unchanged(model: nn.Module, before: Any) -> None:
+    modules, parameters = everything(model)
+    assert modules == before[0]
+    for name, (requires_grad, value) in parameters.items():
+        assert requires_grad == before[1][name][0], name
+        assert torch.equal(value, before[1][name][1]), name
+
+
+# adapter_state_dict
+
+
+@every_kind
+@every_init
+def test_the_adapter_state_goes_through_safetensors(kind: Kind, init: str, tmp_path: Path) -> None:
+    model = disturb(adapted(kind, init=init))
+    save_file(adapter_state_dict(model), tmp_path / "adapter.safetensors")
+    fresh = adapted(kind, init=init, generator=torch.Generator().manual_seed(99))
+    assert (logits(fresh) - logits(model)).abs().max() > 1e-2
+    load_adapter_state_dict(fresh, load_file(tmp_path / "adapter.safetensors"))
+    assert_near(logits(fresh), logits(model))
+
+
+@every_kind
+def test_the_adapter_state_is_what_was_trained_and_nothing_else(kind: Kind) -> None:
+    model = adapted(kind, init="pseudo-zero")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    corrections = {
+        f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, StelLALinear) for k in ("U0", "V0")
+    }
+    state = adapter_state_dict(model)
+    assert set(state) == trained | corrections
+    assert all(not t.requires_grad and t.is_contiguous() for t in state.values())
+
+
+def test_the_adapter_state_is_a_copy() -> None:
+    model = adapted(KINDS["Linear and a head"])
+    state = adapter_state_dict(model)
+    before = {k: t.clone() for k, t in state.items()}
+    disturb(model)
+    assert all(torch.equal(state[k], before[k]) for k in state)
+
+
+@pytest.mark.parametrize("saved", INITS)
+@pytest.mark.parametrize("live", ["random", "pseudo-zero"])
+def test_states_load_across_inits(saved: str, live: str) -> None:
+    """A correction folded into the live base weight is undone before the saved one is taken out."""
+    model = disturb(adapted(KINDS["Conv1D"], init=saved))
+    other = adapted(KINDS["Conv1D"], init=live, generator=torch.Generator().manual_seed(99))
+    load_adapter_state_dict(other, adapter_state_dict(model))
+    assert_near(logits(other), logits(model))
+
+
+def test_loading_unmerges() -> None:
+    model, other = disturb(adapted(KINDS["Linear"])), adapted(KINDS["Linear"])
+    for module in other.modules():
+        if isinstance(module, StelLALinear):
+            module.merge()
+    load_adapter_state_dict(other, adapter_state_dict(model))
+    assert not any(m.merged for m in other.modules() if isinstance(m, StelLALinear))
+    assert_near(logits(other), logits(model))
+
+
+def test_saving_while_merged_saves_the_factors() -> None:
+    model = disturb(adapted(KINDS["Linear"], init="pseudo-zero"))
+    expected = logits(model)
+    for module in model.modules():
+        if isinstance(module, StelLALinear):
+            module.merge()
+    other = adapted(KINDS["Linear"])
+    load_adapter_state_dict(other, adapter_state_dict(model))
+    assert_near(logits(other), expected)
+
+
+def test_a_lone_layer_has_a_state_too() -> None:
+    layers = [StelLALinear(nn.Linear(6, 5), 2, init="pseudo-zero") for _ in range(2)]
+    layers[1].base.load_state_dict(merge_adapters(copy.deepcopy(layers[0])).state_dict())
+    state = adapter_state_dict(layers[0])
+    assert set(state) == {"U", "S", "V", "U0", "V0"}
+    load_adapter_state_dict(layers[1], state)
+    assert torch.equal(layers[1].U, layers[0].U)
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.replace("query", "key"): t for k, t in state.items()}
+
+
+def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {k: t for k, t in state.items() if not k.endswith(part)}
+
+
+def with_shape(ending: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {k: torch.zeros(shape) if k.endswith(ending) else t for k, t in state.items()}
+
+
+BAD_STATES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "wrong names": (renamed, r"missing .*query.*unknown .*key"),
+    "a missing factor": (
+        without("layer.1.attention.self.query.S"),
+        r"missing .*layer\.1\.attention\.self\.query\.S",
+    ),
+    "an unknown factor": (lambda s: {**s, "extra.U": torch.zeros(2, 2)}, r"unknown .*extra\.U"),
+    "a missing saved module": (without("classifier.bias"), r"missing .*classifier\.bias"),
+    "another rank": (with_shape("layer.1.attention.self.query.U", 16, 2), r"U.*\(16, 2\).*\(16, 3\)"),
+    "another head": (with_shape("classifier.weight", 5, 16), r"classifier.*\(?\[?5, 16"),
+    "half a correction": (without("layer.1.attention.self.query.V0"), r"query\.V0"),
+    "a correction of another shape": (with_shape("layer.1.attention.self.query.U0", 2, 2), r"U0"),
+    "empty": (lambda _: {}, r"missing"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_STATES.values(), ids=list(BAD_STATES))
+def test_a_state_that_does_not_fit_changes_nothing(
+    spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+) -> None:
+    model = adapted(KINDS["Linear and a head"], init="pseudo-zero")
+    state = spoil(adapter_state_dict(disturb(copy.deepcopy(model))))
+    before = everything(model)
+    with pytest.raises(ConfigError, match=message):
+        load_adapter_state_dict(model, state)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "use", [adapter_state_dict, lambda m: load_adapter_state_dict(m, {}), lambda m: export_lora(m, "x")]
+)
+def test_a_plain_model_has_no_adapter_state(use: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(ConfigError, match=r"no adapted layer.*adapt\("):
+        use(bert())
+
+
+# export
+
+
+def exported_to_peft(model: nn.Module, make: Callable[[], nn.Module], path: Path) -> Any:
+    export_lora(model, path)
+    return peft.PeftModel.from_pretrained(make(), path)
+
+
+@every_kind
+@every_init
+@pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+def test_stock_peft_loads_an_exported_model_with_the_same_outputs(
+    kind: Kind, init: str, diagonal: bool, tmp_path: Path
+) -> None:
+    model = disturb(adapted(kind, init=init, diagonal=diagonal))
+    loaded = exported_to_peft(model, kind[0], tmp_path)
+    assert_near(logits(loaded), logits(model))
+    assert (logits(loaded) - logits(kind[0]())).abs().max() > 1e-2
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", 6 if init == "pseudo-zero" else 3)
+    assert config["r"] == config["lora_alpha"]
+
+
+@pytest.mark.parametrize("kind", [KINDS["Linear"], KINDS["Conv1D"]], ids=["Linear", "Conv1D"])
+def test_peft_merges_what_was_exported(kind: Kind, tmp_path: Path) -> None:
+    model = disturb(adapted(kind))
+    merged = exported_to_peft(model, kind[0], tmp_path).merge_and_unload()
+    assert_near(logits(merged), logits(model))
+    for p, q in zip(merged.parameters(), merge_adapters(model).parameters(), strict=True):
+        assert_near(p.detach(), q.detach(), 1e-5)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_exporting_changes_nothing_and_works_merged(merged: bool, tmp_path: Path) -> None:
+    kind = KINDS["Linear"]
+    model = disturb(adapted(kind, init="pseudo-zero", use_rslora=True, dropout=0.1))
+    if merged:
+        for module in model.modules():
+            if isinstance(module, StelLALinear):
+                module.merge()
+    before, expected = everything(model), logits(model)
+    path = tmp_path / "a" / "b"
+    assert export_lora(model, str(path)) == path
+    assert_unchanged(model, before)
+    assert_near(logits(peft.PeftModel.from_pretrained(bert(), path)), expected)
+
+
+def test_a_checkpoint_holds_only_peft_names(tmp_path: Path) -> None:
+    export_lora(adapted(KINDS["Linear and a head"]), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    layer = "base_model.model.bert.encoder.layer"
+    factors = {
+        f"{layer}.{i}.attention.self.{t}.lora_{ab}.weight"
+        for i in range(2)
+        for t in ("query", "value")
+        for ab in "AB"
+    }
+    assert names == factors | {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_is_exported_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapt(bert().to(dtype), target_modules=["query"], r=3)
+    disturb(model)
+    export_lora(model, tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    loaded = peft.PeftModel.from_pretrained(bert().to(dtype), tmp_path)
+    assert_near(logits(loaded).float(), logits(model).float(), 0.1)
+
+
+def test_exporting_over_an_older_checkpoint(tmp_path: Path) -> None:
+    for kind in (KINDS["Linear and a head"], KINDS["Linear"]):
+        model = disturb(adapted(kind))
+        loaded = exported_to_peft(model, kind[0], tmp_path)
+    assert_near(logits(loaded), logits(model))
+
+
+class Nested(nn.Module):
+    """A name, 'lin', that is also the ending of another, 'inner.lin'."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.inner = nn.ModuleDict({"lin": nn.Linear(6, 6), "lin2": nn.Linear(6, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["lin2"](torch.tanh(self.inner["lin"](torch.tanh(self.lin(x)))))
+
+
+@pytest.mark.parametrize("targets", ["lin", r"inner\.lin", r"lin|inner\.lin2"])
+def test_only_the_adapted_layers_are_targets_of_the_checkpoint(targets: str, tmp_path: Path) -> None:
+    model = disturb(adapt(Nested(), target_modules=targets, r=2))
+    x = torch.randn(4, 6)
+    export_lora(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Nested(), tmp_path)
+    assert_near(loaded(x).detach(), model(x).detach())
+    ours = {n for n, m in model.named_modules() if isinstance(m, StelLALinear)}
+    prefix = "base_model.model."
+    theirs = {
+        n.removeprefix(prefix) for n, m in loaded.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    assert theirs == ours
+
+
+def test_conv1d_and_linear_together_cannot_be_one_checkpoint(tmp_path: Path) -> None:
+    model = adapt(gpt2(), target_modules=["c_attn", "lm_head"], r=3)
+    with pytest.raises(ConfigError, match=r"mix Conv1D and Linear.*separate"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_name_means_nothing_here(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter_name"):
+        export_lora(adapted(KINDS["Linear"]), tmp_path / "out", "default")
+    assert not (tmp_path / "out").exists()
+
+
+# import
+
+
+def peft_checkpoint(kind: Kind, path: Path, **options: Any) -> Any:
+    """A LoRA of PEFT's own, trained somewhere, saved; returns the model with it."""
+    make, targets, saved = kind
+    settings = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, **options}
+    fan = make is gpt2
+    config = peft.LoraConfig(
+        target_modules=targets, modules_to_save=list(saved) or None, fan_in_fan_out=fan, **settings
+    )
+    torch.manual_seed(11)
+    model = peft.get_peft_model(make(), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name:
+                p.add_(torch.randn(p.shape), alpha=0.1)
+    model.save_pretrained(path)
+    return model
+
+
+@every_kind
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])
+def test_a_peft_checkpoint_comes_in_with_the_same_outputs(
+    kind: Kind, use_rslora: bool, diagonal: bool, tmp_path: Path
+) -> None:
+    theirs = peft_checkpoint(kind, tmp_path, use_rslora=use_rslora)
+    ours = kind[0]()
+    assert import_lora(ours, tmp_path, diagonal=diagonal) is ours
+    assert_near(logits(ours), logits(theirs))
+    layers = [m for m in ours.modules() if isinstance(m, StelLALinear)]
+    assert len(layers) == sum(isinstance(m, peft.tuners.lora.LoraLayer) for m in theirs.modules())
+    for layer in layers:
+        Stiefel().check(layer.U)
+        Stiefel().check(layer.V)
+    trainable = {n for n, p in ours.named_parameters() if p.requires_grad}
+    assert {n.rsplit(".", 1)[1] for n in trainable if "classifier" not in n} == set("USV")
+
+
+def test_training_goes_on_with_geometry_after_an_import(tmp_path: Path) -> None:
+    peft_checkpoint(KINDS["Linear"], tmp_path)
+    model = import_lora(bert(), tmp_path, StelLALinear, dropout=0.1)
+    assert all(m.dropout.p == 0.1 for m in model.modules() if isinstance(m, StelLALinear))
+    wrapper = RiemannianWrapper(AdamW(param_groups(model, lr=5e-3)))
+    losses = []
+    for _ in range(5):
+        wrapper.zero_grad()
+        loss = nn.functional.cross_entropy(model.eval()(IDS).logits, torch.tensor([0, 2]))
+        loss.backward()
+        wrapper.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert max(wrapper.residuals().values()) < 2e-6
+
+
+@every_init
+@every_kind
+def test_out_and_in_again(kind: Kind, init: str, tmp_path: Path) -> None:
+    model = disturb(adapted(kind, init=init))
+    export_lora(model, tmp_path)
+    back = import_lora(kind[0](), tmp_path)
+    assert_near(logits(back), logits(model))
+
+
+def test_an_untrained_checkpoint_has_b_zero(tmp_path: Path) -> None:
+    peft_checkpoint(KINDS["Linear"], tmp_path, init_lora_weights=True)
+    model = import_lora(bert(), tmp_path)
+    assert_near(logits(model), logits(bert()))
+    RiemannianWrapper(AdamW(param_groups(model)))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"query": 9},
+        {"bert.encoder.layer.0.attention.self.query": 9},
+        {r"layer\.1\..*\.value": 9},
+        {r".*layer\.0\..*": 9},
+    ],
+    ids=["an ending", "a whole name", "a regex", "a regex from the start"],
+)
+def test_alpha_patterns_mean_what_peft_says(pattern: dict[str, int], tmp_path: Path) -> None:
+    theirs = peft_checkpoint(KINDS["Linear"], tmp_path, alpha_pattern=pattern)
+    assert_near(logits(import_lora(bert(), tmp_path)), logits(theirs))
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        file = path / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+
+    return edit
+
+
+def _other_layers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.replace("layer.1.", "layer.7."): t for k, t in tensors.items()}
+
+
+def _one_of_rank_2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    cut = {
+        k: (t[:2] if "lora_A" in k else t[:, :2]).contiguous() for k, t in tensors.items() if "layer.1" in k
+    }
+    return {**tensors, **cut}
+
+
+def _too_wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        k: torch.zeros(3, 17) if k.endswith("layer.1.attention.self.value.lora_A.weight") else t
+        for k, t in tensors.items()
+    }
+
+
+def _without_a_b(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t for k, t in tensors.items() if not k.endswith("layer.1.attention.self.value.lora_B.weight")}
+
+
+def _with_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    name = "base_model.model.bert.embeddings.word_embeddings.lora_embedding_"
+    return {**tensors, f"{name}A": torch.ones(3, 30), f"{name}B": torch.ones(16, 3)}
+
+
+def _with_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        **tensors,
+        "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bias": torch.ones(16),
+    }
+
+
+BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (lambda p: (p / "adapter_config.json").unlink(), r"adapter_config\.json.*save_pretrained"),
+    "no weights": (
+        lambda p: (p / "adapter_model.safetensors").unlink(),
+        r"adapter_model\.safetensors.*save_pretrained",
+    ),
+    "another method": (edit_config(peft_type="LOHA"), r"LOHA.*LoRA is needed"),
+    "DoRA": (edit_config(use_dora=True), r"DoRA.*plain LoRA"),
+    "ranks that differ": (edit_tensors(_one_of_rank_2), r"rank.*one rank"),
+    "layers the model lacks": (edit_tensors(_other_layers), r"layer\.7"),
+    "shapes that do not fit": (edit_tensors(_too_wide), r"layer\.1\.attention\.self\.value.*17"),
+    "A without B": (edit_tensors(_without_a_b), r"layer\.1\.attention\.self\.value.*lora_B"),
+    "an adapted embedding": (edit_tensors(_with_embedding), r"word_embeddings"),
+    "trained biases": (edit_tensors(_with_bias), r"bias"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_CHECKPOINTS.values(), ids=list(BAD_CHECKPOINTS))
+def test_a_checkpoint_that_does_not_fit_changes_nothing(
+    spoil: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    peft_checkpoint(KINDS["Linear"], tmp_path)
+    spoil(tmp_path)
+    model = bert()
+    before = everything(model)
+    with pytest.raises(ConfigError, match=message):
+        import_lora(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_dora_saved_by_peft_is_refused(tmp_path: Path) -> None:
+    peft_checkpoint(KINDS["Linear"], tmp_path, use_dora=True)
+    with pytest.raises(ConfigError, match=r"DoRA.*plain LoRA"):
+        import_lora(bert(), tmp_path)
+
+
+def test_trained_biases_saved_by_peft_are_refused_or_kept(tmp_path: Path) -> None:
+    theirs = peft_checkpoint(KINDS["Linear"], tmp_path, bias="lora_only")
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad and name.endswith("bias"):
+                p.fill_(0.5)
+    theirs.save_pretrained(tmp_path)
+    model = bert()
+    with contextlib.suppress(ConfigError):
+        assert_near(logits(import_lora(model, tmp_path)), logits(theirs))
+
+
+def test_endings_that_match_more_than_the_checkpoint_holds(tmp_path: Path) -> None:
+    """Of 'lin' and 'inner.lin' only the first was adapted; the other must stay plain."""
+    model = disturb(adapt(Nested(), target_modules="lin", r=2))
+    x = torch.randn(4, 6)
+    export_lora(model, tmp_path)
+    back = import_lora(Nested(), tmp_path)
+    assert_near(back(x).detach(), model(x).detach())
+    assert {n for n, m in back.named_modules() if isinstance(m, StelLALinear)} == {"lin"}
