@@ -17,7 +17,7 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 settings.register_profile("quick", derandomize=True, max_examples=12, **_COMMON)
-settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)
+settings.register_profile("explore", max_examples=100, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 REGISTRIES: tuple[Registry[Any], ...] = (
