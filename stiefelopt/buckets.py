@@ -6,6 +6,7 @@ small enough for the cache, so that the passes after the first cost little; on a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,6 +225,21 @@ class Bucket:
         if carry is not None:
             self._carry_moments(carry, moments)
         return bad
+
+    def squared_norms(self) -> tuple[float, float]:
+        """||gradient||^2 and ||displacement||^2 of the last step, Frobenius, summed over the bucket.
+
+        From the points that the step started at, still in the workspaces, and from ``.grad`` and the parameters as
+        they are now. The gradient's is NaN once ``.grad`` is gone.
+        """
+        manifold: Any = self.manifold
+        moved = sum((s.gather_tall(s.params) - s.xs).square().sum().item() for s in self.stacks)
+        grads = [[p.grad for p in s.params] for s in self.stacks]
+        if any(g is None for gs in grads for g in gs):
+            return math.nan, moved
+        stacked = [s.gather_tall(gs) for s, gs in zip(self.stacks, grads, strict=True)]  # type: ignore[arg-type]
+        manifold.stacked_gradient(self.xs, stacked)
+        return sum(g.square().sum().item() for g in stacked), moved
 
     def _carry_moments(self, carry: Callable[[int, Tensor, Tensor], Tensor], names: Sequence[str]) -> None:
         """Transport the optimizer's first moments to the new points, which are in the work space."""

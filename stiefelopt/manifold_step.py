@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from operator import is_
@@ -121,6 +122,14 @@ class ManifoldStep:
             for s in self.slots()
             if s.p.numel()
         }
+
+    def diagnostics(self) -> dict[str, float]:
+        """Norms of the last step, computed when asked for."""
+        pairs = [bucket.squared_norms() for bucket in self._buckets]
+        gradient, moved = (
+            (math.sqrt(sum(squares)) for squares in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+        )
+        return {"gradient_norm": gradient, "displacement_norm": moved, "skipped": float(self.skipped)}
 
     def _current_buckets(self) -> list[Bucket]:
         """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""

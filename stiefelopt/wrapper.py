@@ -229,6 +229,18 @@ class RiemannianWrapper(Optimizer):
 
     # Ours
 
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """Of the last step, for loggers: call it after ``step`` and before ``zero_grad``.
+
+        Returns:
+            "gradient_norm": Frobenius norm of all Riemannian gradients (NaN once ``.grad`` is gone);
+            "displacement_norm": of all changes of points; "skipped": how many "
+            "points ``nonfinite="skip"`` has left alone
+            so far. Cost: four tall products for each point, nothing when not called.
+        """
+        return self._core.diagnostics()
+
     def residuals(self) -> dict[object, float]:
         """Drift of every constrained parameter: max |x^T x - I| by parameter name, or by (group, index)."""
         return self._core.residuals()

@@ -730,6 +730,10 @@ TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"target_modules": r"layers\.\d+\.(query|key)"},
         {n for n in EVERY if n.endswith(("query", "key"))},
     ),
+    "a regex is no prefix": (
+        {"target_modules": r"layers\.\d+\.(query|ou)"},
+        {n for n in EVERY if n.endswith("query")},
+    ),
     "a regex matches in full": ({"target_modules": r".*\.0\.\w+y"}, {"layers.0.query", "layers.0.key"}),
     "all-linear": ({"target_modules": "all-linear"}, {*EVERY, "classifier"}),
     "all-linear without a saved module": (
@@ -739,6 +743,10 @@ TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "without an ending": (
         {"target_modules": "all-linear", "exclude_modules": ["classifier", "key"]},
         {n for n in EVERY if not n.endswith("key")},
+    ),
+    "without a prefix": (
+        {"target_modules": ["query"], "exclude_modules": r"layers\.1"},
+        {n for n in EVERY if n.endswith("query")},
     ),
     "without a regex": (
         {"target_modules": "all-linear", "exclude_modules": r"layers\.1\..*|classifier"},

@@ -1618,3 +1618,22 @@ class Contract(RuleBasedStateMachine):
 
 TestContract = Contract.TestCase
 TestContract.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+
+
+def test_diagnostics_are_the_norms_of_the_last_step() -> None:
+    torch.manual_seed(0)
+    m = Stiefel()
+    points = [torch.nn.Parameter(m.random_point(n, 3, dtype=torch.float64)) for n in (7, 11)]
+    wrapper = RiemannianWrapper(torch.optim.SGD(points, lr=0.1), m)
+    assert wrapper.diagnostics() == {"gradient_norm": 0.0, "displacement_norm": 0.0, "skipped": 0.0}
+    before = [p.detach().clone() for p in points]
+    for p in points:
+        p.grad = torch.randn_like(p)
+    expected = sum(m.gradient(p.detach(), p.grad).square().sum() for p in points if p.grad is not None)
+    wrapper.step()
+    found = wrapper.diagnostics()
+    moved = sum((p.detach() - x).square().sum() for p, x in zip(points, before, strict=True))
+    assert found["gradient_norm"] ** 2 == pytest.approx(float(expected), rel=1e-12)
+    assert found["displacement_norm"] ** 2 == pytest.approx(float(moved), rel=1e-12)
+    wrapper.zero_grad()
+    assert wrapper.diagnostics()["gradient_norm"] != wrapper.diagnostics()["gradient_norm"]
