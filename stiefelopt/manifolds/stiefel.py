@@ -135,10 +135,15 @@ class Stiefel(Manifold):
         z = torch.randn(x.shape, dtype=compute_dtype(x.dtype), device=source, generator=generator).to(
             x.device
         )
-        u = self.project_tangent(x.to(z.dtype), z)
         if x.shape[-2:] == (1, 1):  # St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding
             return torch.zeros_like(x)
-        return (u / self.norm(x.to(u.dtype), u)[..., None, None]).to(x.dtype)
+        point = x.to(z.dtype)
+        u = self._unit(point, self.project_tangent(point, z))
+        # Where few dimensions are tangent, dividing blew the first projection's rounding up; the second removes it.
+        return self._unit(point, self.project_tangent(point, u)).to(x.dtype)
+
+    def _unit(self, x: Tensor, u: Tensor) -> Tensor:
+        return u / self.norm(x, u)[..., None, None]
 
     def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
         """Riemannian gradient from the Euclidean one: <gradient, v>_x = <egrad, v> for every tangent v.
