@@ -1010,6 +1010,26 @@ def test_a_point_whose_shape_changes_is_gathered_anew() -> None:
         assert max(wrapper.residuals().values()) < 1e-14
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("shape", [(11, 3), (6, 4), (5, 2)])
+@pytest.mark.usefixtures("no_warnings")
+def test_one_of_two_stacked_points_changes_its_shape(which: int, shape: tuple[int, int]) -> None:
+    points = [parameter(8, 3, seed=1), parameter(8, 3, seed=2)]
+    wrapper = RiemannianWrapper(SGD(points, lr=0.1), Stiefel())
+    for _ in range(2):
+        fill(points, 0)
+        wrapper.step()
+    points[which].grad = None
+    points[which].data = parameter(*shape).data
+    alone = [nn.Parameter(p.detach().clone()) for p in points]
+    fill(points, 1)
+    wrapper.step()
+    for p, q in zip(alone, points, strict=True):
+        p.grad = q.grad
+        RiemannianWrapper(SGD([p], lr=0.1), Stiefel()).step()
+    assert close([p.detach() for p in points], [p.detach() for p in alone])
+
+
 @pytest.mark.parametrize(
     "new", [Stiefel(retraction="qr"), Stiefel(retraction="qr").spec()], ids=["object", "spec"]
 )
@@ -1215,6 +1235,59 @@ def test_steps_of_any_length_end_on_the_manifold(retraction: str, lr: float) -> 
     for step in range(5):
         run(model, wrapper, range(step, step + 1))
         assert max(wrapper.residuals().values()) < 2e-6
+
+
+# Diagnostics
+
+
+def total_norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(t.square().sum().item() for t in tensors))
+
+
+@every_inner
+def test_diagnostics_are_norms_by_hand_for_every_height_and_orientation(
+    inner: Callable[[Any], Optimizer],
+) -> None:
+    model = Model()
+    wrapper = RiemannianWrapper(inner(model.groups()))
+    run(model, wrapper, range(2))
+    before = model.values()
+    run(model, wrapper, range(2, 3))
+    gradients, moves = [], []
+    for p, x in zip(model.points, before, strict=False):
+        assert p.grad is not None
+        tall = (x.mT, p.grad.mT) if p.shape[0] < p.shape[1] else (x, p.grad)
+        gradients.append(Stiefel().gradient(*tall))
+        moves.append(p.detach() - x)
+    found = wrapper.diagnostics()
+    assert found["gradient_norm"] == pytest.approx(total_norm(gradients), rel=1e-9)
+    assert found["displacement_norm"] == pytest.approx(total_norm(moves), rel=1e-9)
+    assert found["skipped"] == 0
+
+
+def test_asking_for_diagnostics_changes_nothing() -> None:
+    ours, reference = Model(torch.float32), Model(torch.float32)
+    asked, plain = (RiemannianWrapper(AdamW(m.groups())) for m in (ours, reference))
+    assert asked.diagnostics() == {"gradient_norm": 0.0, "displacement_norm": 0.0, "skipped": 0.0}
+    for step in range(4):
+        run(ours, asked, range(step, step + 1))
+        before = snapshot(ours, asked)
+        asked.diagnostics()
+        assert equal(snapshot(ours, asked), before)
+        run(reference, plain, range(step, step + 1))
+    assert same_bits(ours.values(), reference.values())
+
+
+def test_skipped_points_are_counted() -> None:
+    model = Model()
+    wrapper = RiemannianWrapper(AdamW(model.groups()), nonfinite="skip")
+    bad_ones: list[list[int]] = [[], [0, 3], [1]]
+    for step, bad in enumerate(bad_ones):
+        model.set_gradients(step)
+        for i in bad:
+            model.points[i].grad = torch.full_like(model.points[i], math.nan)
+        wrapper.step()
+    assert wrapper.diagnostics()["skipped"] == 3
 
 
 # Transport of first moments
