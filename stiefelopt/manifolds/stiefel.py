@@ -54,6 +54,18 @@ class Stiefel(Manifold):
                     f"Stiefel({option}={value!r}): a registered name is needed, one of {family.names()}."
                 )
 
+        known = self._metrics_of_retraction()
+        if known and self.metric not in known:
+            raise ConfigError(
+                f"retraction {self.retraction!r} is the geodesic of a metric, and {self.metric!r} has none; use "
+                f"another retraction, or one of the metrics {', '.join(map(repr, known))}."
+            )
+
+    def _metrics_of_retraction(self) -> tuple[str, ...]:
+        """The metrics that the retraction serves; empty where it serves all."""
+        found = retractions.get(self.retraction) if isinstance(self.retraction, str) else self.retraction
+        return tuple(found.variants) if isinstance(found, retractions.Retraction) else ()
+
     # The parts, resolved. Registries are dictionaries: this costs nothing beside a step.
 
     @property
