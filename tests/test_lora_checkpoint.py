@@ -252,6 +252,7 @@ def exported_to_peft(model: nn.Module, make: Callable[[], nn.Module], path: Path
 @every_init
 @pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])
 @pytest.mark.filterwarnings("error:Found missing adapter keys")
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
 def test_stock_peft_loads_an_exported_model_with_the_same_outputs(
     kind: Kind, init: str, diagonal: bool, tmp_path: Path
 ) -> None:
@@ -262,6 +263,7 @@ def test_stock_peft_loads_an_exported_model_with_the_same_outputs(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("LORA", 6 if init == "pseudo-zero" else 3)
     assert config["r"] == config["lora_alpha"]
+    assert config["fan_in_fan_out"] == (kind[0] is gpt2)
 
 
 @pytest.mark.parametrize("kind", [KINDS["Linear"], KINDS["Conv1D"]], ids=["Linear", "Conv1D"])
@@ -520,6 +522,26 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(
 ) -> None:
     peft_checkpoint(KINDS["Linear"], tmp_path)
     spoil(tmp_path)
+    model = bert()
+    before = everything(model)
+    with pytest.raises(ConfigError, match=message):
+        import_lora(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (with_shape("classifier.weight", 5, 16), r"classifier\.weight.*\(5, 16\)"),
+        (without("classifier.bias"), r"classifier\.bias"),
+    ],
+    ids=["another shape", "in part"],
+)
+def test_a_saved_head_that_does_not_fit_changes_nothing(
+    spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str, tmp_path: Path
+) -> None:
+    peft_checkpoint(KINDS["Linear and a head"], tmp_path)
+    edit_tensors(spoil)(tmp_path)
     model = bert()
     before = everything(model)
     with pytest.raises(ConfigError, match=message):
