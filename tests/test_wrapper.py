@@ -1523,6 +1523,24 @@ def test_an_attached_optimizer_refuses_a_closure(call: Callable[[Any, Any], Any]
     optimizer.step(None)
 
 
+@pytest.mark.xfail(
+    strict=True, reason="torch runs no post-hook after a raise; the next pre-hook could put the points back"
+)
+def test_an_attached_optimizer_recovers_from_an_inner_step_that_raised() -> None:
+    model = Model()
+    optimizer = Poisoned(model.groups(), model.points[3], "")
+    attach(optimizer)
+    run(model, optimizer, range(2))
+    before = model.values()
+    optimizer.how = "raise"
+    with pytest.raises(ArithmeticError):
+        run(model, optimizer, range(2, 3))
+    optimizer.how = ""
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(model, optimizer, range(3, 4))
+    assert same_bits(model.values()[:6], before[:6])
+
+
 @pytest.mark.parametrize("again", [attach, RiemannianWrapper], ids=["attach", "wrapper"])
 def test_attaching_to_an_attached_optimizer_is_refused(again: Wrap) -> None:
     optimizer = SGD(Model().groups(), lr=0.1)
