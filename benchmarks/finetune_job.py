@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +18,8 @@ from benchmarks.finetune_methods import Adapter
 from benchmarks.finetune_plot import save_plot
 from benchmarks.finetune_report import save_json, sentences, sweep_table, table
 from benchmarks.finetune_session import Session, progress_bars
-from benchmarks.finetune_statistics import compare, summarize
-from benchmarks.finetune_training import Plan
+from benchmarks.finetune_statistics import Comparison, Summary, compare, summarize
+from benchmarks.finetune_training import Plan, Record
 from benchmarks.text_data import MissingPackageError, TextData, package_folder, read_sentences, tokenize
 
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
@@ -68,45 +71,70 @@ def train_and_report(args: argparse.Namespace, encoder: nn.Module, data: TextDat
     targets = args.targets[0] if args.targets == ["all-linear"] else args.targets
     adapter = Adapter(args.rank, args.alpha, targets)
     plan = Plan(adapter, args.head_learning_rate, args.steps, args.batch_size, args.device)
-    interrupted = False
+    complete = False
     with progress_bars(console) as progress:
-        session = Session(encoder.to(args.device), data.to(args.device), plan, progress)
+        session = Session(
+            encoder.to(args.device), data.to(args.device), plan, progress, keep=lambda s: save(s, args)
+        )
         try:
             session.run(args.methods, args.learning_rates, args.seeds)
+            complete = True
         except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
+            pass
+    if not complete:
         console.print("Interrupted. This is what was measured until then:")
-    report(session, args, console, interrupted)
-    return INTERRUPTED if interrupted else 0
+    show(session, args.methods, console)
+    files = save(session, args, complete=complete)
+    console.print("Saved", " and ".join(map(str, files)), soft_wrap=True, highlight=False)
+    return 0 if complete else INTERRUPTED
 
 
-def report(session: Session, args: argparse.Namespace, console: Console, interrupted: bool) -> None:
-    """Table, sentences, JSON file and plot."""
-    started = [record for record in session.records if record.steps]
-    by_method = {
-        name: records for name in args.methods if (records := [r for r in started if r.method == name])
-    }
-    summaries = [summarize(records) for records in by_method.values()]
-    baseline, *others = by_method.values() or [[]]
-    comparisons = [compare(records, baseline) for records in others]
+@dataclass(frozen=True)
+class Findings:
+    """The records by method, in the order asked for; the first method is what the others are compared with."""
+
+    records: dict[str, list[Record]]
+
+    @classmethod
+    def of(cls, session: Session, methods: Sequence[str]) -> Findings:
+        started = [record for record in session.records if record.steps]
+        by_method = {name: [r for r in started if r.method == name] for name in methods}
+        return cls({name: records for name, records in by_method.items() if records})
+
+    @property
+    def summaries(self) -> list[Summary]:
+        return [summarize(records) for records in self.records.values()]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        groups = list(self.records.values())
+        return [compare(records, groups[0]) for records in groups[1:]]
+
+
+def show(session: Session, methods: Sequence[str], console: Console) -> None:
+    """Tables and sentences."""
+    findings = Findings.of(session, methods)
     if session.sweep:
         console.print(sweep_table(session.sweep))
-    if summaries:
-        console.print(table(summaries))
-    for comparison in comparisons:
+    if findings.records:
+        console.print(table(findings.summaries))
+    for comparison in findings.comparisons:
         console.print("\n".join(sentences(comparison)), highlight=False)
 
-    folder = results_dir(args.output)
+
+def save(session: Session, args: argparse.Namespace, complete: bool = False) -> tuple[Path, Path]:
+    """The JSON file and the plot; also called after every seed, so that even a killed job leaves them."""
+    findings, folder = Findings.of(session, args.methods), results_dir(args.output)
+    files = folder / "finetune.json", folder / "finetune.png"
     save_json(
-        folder / "finetune.json",
+        files[0],
         settings=vars(args) | {"output": str(folder)},
         environment=environment(device=args.device, packages=("transformers", "peft")),
+        complete=complete,
+        summaries=findings.summaries,
+        comparisons=findings.comparisons,
         sweep=session.sweep,
-        records=started,
-        summaries=summaries,
-        comparisons=comparisons,
-        interrupted=interrupted,
+        runs=[record for records in findings.records.values() for record in records],
     )
-    save_plot(folder / "finetune.png", by_method, f"{args.model} on {args.data}, rank {args.rank}")
-    console.print(f"Saved {folder / 'finetune.json'} and {folder / 'finetune.png'}", soft_wrap=True)
+    save_plot(files[1], findings.records, f"{args.model} on {args.data}, rank {args.rank}")
+    return files

@@ -126,20 +126,20 @@ def save_json(
     *,
     settings: dict[str, Any],
     environment: dict[str, Any],
-    sweep: Sequence[Record],
-    records: Sequence[Record],
+    complete: bool,
     summaries: Sequence[Summary],
     comparisons: Sequence[Comparison],
-    interrupted: bool,
+    sweep: Sequence[Record],
+    runs: Sequence[Record],
 ) -> None:
     content = {
         "settings": settings,
         "environment": environment,
-        "interrupted": interrupted,
+        "complete": complete,
         "summaries": [asdict(summary) for summary in summaries],
         "comparisons": [asdict(comparison) for comparison in comparisons],
         "sweep": [_trace(record) for record in sweep],
-        "runs": [_trace(record) | {"training_losses": _losses(record)} for record in records],
+        "runs": [_trace(record) | {"training_losses": _losses(record)} for record in runs],
     }
     write_json(path, content)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from rich.console import Console
@@ -19,8 +19,16 @@ SWEEP_SEED = 1000  # learning rates are chosen on other seeds than those that ar
 class Session:
     """Trains methods on what they share, shows a bar for each, and keeps a record of every run."""
 
-    def __init__(self, encoder: nn.Module, data: TextData, plan: Plan, progress: Progress) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        data: TextData,
+        plan: Plan,
+        progress: Progress,
+        keep: Callable[[Session], object],
+    ) -> None:
         self.encoder, self.data, self.plan, self.progress = encoder, data, plan, progress
+        self.keep = keep  # called whenever a seed has been trained
         self.records: list[Record] = []
         self.sweep: list[Record] = []
 
@@ -38,6 +46,7 @@ class Session:
         for seed in range(seeds):
             for run in self._train(rates, seed, self.records, bars):
                 run.finish()
+            self.keep(self)
 
     def choose(self, names: Sequence[str], rates: Sequence[float], seeds: int) -> dict[str, float]:
         """Each method's learning rate with the lowest validation cross-entropy, averaged over seeds."""
@@ -45,6 +54,7 @@ class Session:
         for rate in rates:
             for seed in range(SWEEP_SEED, SWEEP_SEED + seeds):
                 self._train(dict.fromkeys(names, rate), seed, self.sweep, bars)
+                self.keep(self)
 
         def loss(name: str, rate: float) -> float:
             return mean(r.validation_loss for r in self.sweep if (r.method, r.learning_rate) == (name, rate))

@@ -179,7 +179,7 @@ def test_command_leaves_table_json_and_plot(folder, tmp_path, capsys):
     assert command(folder, tmp_path, "--methods", "lora", "stella", "--seeds", "2") == 0
     shown = capsys.readouterr().out
     content = saved(tmp_path)
-    assert {"settings", "environment", "interrupted", "summaries", "comparisons", "sweep", "runs"} <= set(
+    assert {"settings", "environment", "complete", "summaries", "comparisons", "sweep", "runs"} <= set(
         content
     )
     assert [row["method"] for row in content["summaries"]] == ["lora", "stella"]
@@ -223,7 +223,7 @@ def test_interruption_keeps_what_was_measured(folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(Run, "step", interrupted_step)
     assert command(folder, tmp_path, "--seeds", "2") == 130
     content = saved(tmp_path)
-    assert content["interrupted"]
+    assert not content["complete"]
     assert [row["seeds"] for row in content["summaries"]] == [[0], [0]]
     assert len(content["runs"]) == 4
     assert (tmp_path / "finetune.png").exists()
