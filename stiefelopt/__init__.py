@@ -1,26 +1,44 @@
 """stiefelopt: any torch optimizer on the Stiefel manifold, at nearly the price of its own step."""
 
-from . import errors, layers, manifolds, metrics, projections, retractions, transports
+from . import (
+    errors,
+    layers,
+    manifolds,
+    metrics,
+    optim,
+    projections,
+    rank_retractions,
+    retractions,
+    transports,
+)
 from .errors import ConfigError, NotOnManifoldError, ShapeError, StepError, StiefelOptError, UnknownNameError
 from .groups import constrain, param_groups
 from .layers import (
+    RiemannLoRALinear,
     StelLALinear,
     adapt,
     adapter_state_dict,
     export_lora,
     import_lora,
     load_adapter_state_dict,
+    loi_init,
     merge_adapters,
 )
-from .manifolds import Stiefel
+from .manifolds import USV, FixedRank, Stiefel
+from .optim import BlockAdam, Riemannion
 from .wrapper import RiemannianWrapper, attach
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "USV",
+    "BlockAdam",
     "ConfigError",
+    "FixedRank",
     "NotOnManifoldError",
+    "RiemannLoRALinear",
     "RiemannianWrapper",
+    "Riemannion",
     "ShapeError",
     "StelLALinear",
     "StepError",
@@ -36,11 +54,14 @@ __all__ = [
     "import_lora",
     "layers",
     "load_adapter_state_dict",
+    "loi_init",
     "manifolds",
     "merge_adapters",
     "metrics",
+    "optim",
     "param_groups",
     "projections",
+    "rank_retractions",
     "retractions",
     "transports",
 ]

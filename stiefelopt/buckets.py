@@ -7,7 +7,7 @@ small enough for the cache, so that the passes after the first cost little; on a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ from .shapes import HALF, compute_dtype, tolerance
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
 CPU_BUCKET_BYTES = 8 * 2**20
 
+# Transports tangent vectors, given as stacks, from the old points of the stacks of these indices to the new ones.
+Carry = Callable[[Sequence[int], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+
 
 @dataclass(eq=False)
 class Slot:
@@ -33,6 +36,11 @@ class Slot:
     p: Tensor
     label: object
     placement: Placement
+    group: int
+
+
+# The parameters that make one: a single one on Stiefel, U, S, V on FixedRank.
+Point = Sequence[Slot]
 
 
 class Stack:
@@ -136,13 +144,15 @@ class Stack:
         if self._masters:
             self._masters.keep(self._work_of, self._kept)
 
-    def moments(self, names: Sequence[str]) -> list[list[Tensor]]:
-        """The optimizer's tensors of these names, one list for each name that all parameters have."""
-        states = [self._optimizer.state.get(p, {}) for p in self.params]
-        found = [[state.get(name) for state in states] for name in names]
-        return [
-            ts for ts in found if all(isinstance(t, Tensor) and t.shape == self.params[0].shape for t in ts)
-        ]
+    def moments(self, name: str) -> list[Tensor] | None:
+        """The optimizer's tensors of this name; None unless every parameter has one of its own shape."""
+        found = [self._optimizer.state.get(p, {}).get(name) for p in self.params]
+        fits = all(isinstance(t, Tensor) and t.shape == self.params[0].shape for t in found)
+        return found if fits else None
+
+    def rate(self) -> float:
+        """The learning rate of the group, as it is now."""
+        return float(self._optimizer.param_groups[self.slots[0].group]["lr"])
 
     def gather_tall(self, tensors: Sequence[Tensor]) -> Tensor:
         """Parameter-shaped tensors as a new stack (b, n, p)."""
@@ -162,11 +172,16 @@ class Stack:
 
 
 class Bucket:
-    """Stacks of several heights that share manifold, width, dtype and device."""
+    """Stacks of several heights that share manifold, width, dtype and device.
+
+    Where several parameters make a point, its stacks follow one another: U, S, V of one height, then of the next.
+    """
 
     def __init__(self, stacks: list[Stack]) -> None:
         self.stacks = stacks
-        self.manifold = stacks[0].slots[0].placement.manifold
+        self._placement = stacks[0].slots[0].placement
+        self.manifold = self._placement.manifold
+        self._parts = self.manifold.parts
         self.xs = [s.xs for s in stacks]
         self.work = [s.work for s in stacks]
         self._drift = max(tolerance(s.params[0].dtype, *s.xs.shape[-2:]) for s in stacks)
@@ -179,19 +194,19 @@ class Bucket:
         """
         for stack in self.stacks:
             stack.load()
-        k = self.manifold.stacked_gradient(self.xs, self.work)  # type: ignore[attr-defined]
+        k = self.manifold.stacked_gradient(self.xs, self.work, arriving=self._placement.gradient)  # type: ignore[attr-defined]
         return self._non_finite(k)
 
     def _non_finite(self, small: Tensor) -> list[Slot]:
         if small.numel() == 0 or bool(small.abs().amax() <= self._limit):
             return []
         fine = (small.abs().amax((-2, -1)) <= self._limit).cpu()
-        return [
-            slot
-            for stack, piece in zip(self.stacks, split(fine, self.xs), strict=True)
-            for slot, ok in zip(stack.slots, piece.view(len(stack.slots), -1).all(-1).tolist(), strict=True)
-            if not ok
-        ]
+        bad = []
+        for k, piece in enumerate(split(fine, self.xs[:: self._parts])):
+            stacks = self.stacks[k * self._parts : (k + 1) * self._parts]
+            for i, ok in enumerate(piece.view(len(stacks[0].slots), -1).all(-1).tolist()):
+                bad += [] if ok else [stack.slots[i] for stack in stacks]
+        return bad
 
     def move(self, *, skip_bad: bool, moments: Sequence[str] = ()) -> list[Slot]:
         """Bring the parameters from where the inner optimizer left them back to the manifold.
@@ -215,8 +230,11 @@ class Bucket:
             if not skip_bad:
                 raise StepError(f"the inner optimizer moved {bad[0].label!r} to NaN or Inf")
             for stack in self.stacks:
+                stack.load_moved()
                 stack.reset_moved([i for i, slot in enumerate(stack.slots) if slot in bad])
             overlap = manifold.stacked_overlap(self.xs, self.work)
+        if self._placement.needs_rate:
+            overlap = self._directed(overlap)
         scales = [s.scale for s in self.stacks]
         carry = manifold.stacked_transporter(self.xs, self.work, scales) if moments else None
         ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift)
@@ -233,19 +251,39 @@ class Bucket:
         they are now. The gradient's is NaN once ``.grad`` is gone.
         """
         manifold: Any = self.manifold
-        moved = sum((s.gather_tall(s.params) - s.xs).square().sum().item() for s in self.stacks)
+        moved = manifold.stacked_distance(self.xs, [s.gather_tall(s.params) for s in self.stacks])
         grads = [[p.grad for p in s.params] for s in self.stacks]
         if any(g is None for gs in grads for g in gs):
             return math.nan, moved
         stacked = [s.gather_tall(gs) for s, gs in zip(self.stacks, grads, strict=True)]  # type: ignore[arg-type]
-        manifold.stacked_gradient(self.xs, stacked)
+        manifold.stacked_gradient(self.xs, stacked, arriving=self._placement.gradient)
         return sum(g.square().sum().item() for g in stacked), moved
 
-    def _carry_moments(self, carry: Callable[[int, Tensor, Tensor], Tensor], names: Sequence[str]) -> None:
+    def _directed(self, overlap: Tensor) -> Tensor:
+        """The displacement with what its group asks for beside the inner optimizer's step; returns its overlap."""
+        manifold: Any = self.manifold
+        rates = [stack.rate() for stack in self.stacks]
+        if self._placement.direction == "spectral":
+            overlap = manifold.stacked_spectral(self.xs, self.work, overlap, rates)
+        if self._placement.manifold_decay:
+            shares = [stack.slots[0].placement.manifold_decay for stack in self.stacks]
+            decays = [rate * share for rate, share in zip(rates, shares, strict=True)]
+            overlap = manifold.stacked_decay(self.xs, self.work, overlap, decays)
+        return overlap
+
+    def _carry_moments(self, carry: Carry, names: Sequence[str]) -> None:
         """Transport the optimizer's first moments to the new points, which are in the work space."""
-        for i, stack in enumerate(self.stacks):
-            for tensors in stack.moments(names):
-                stack.scatter_tall(carry(i, stack.work, stack.gather_tall(tensors)), tensors)
+        for name in names:
+            found = [stack.moments(name) for stack in self.stacks]
+            heads = range(0, len(found), self._parts)
+            whole = [h for h in heads if all(t is not None for t in found[h : h + self._parts])]
+            index = [h + i for h in whole for i in range(self._parts)]
+            if not index:
+                continue
+            stacks, tensors = [self.stacks[i] for i in index], [found[i] or [] for i in index]
+            vs = [stack.gather_tall(ts) for stack, ts in zip(stacks, tensors, strict=True)]
+            for stack, v, ts in zip(stacks, carry(index, [s.work for s in stacks], vs), tensors, strict=True):
+                stack.scatter_tall(v, ts)
 
 
 def is_flipped(p: Tensor) -> bool:
@@ -253,27 +291,31 @@ def is_flipped(p: Tensor) -> bool:
     return p.ndim == 2 and not p.is_contiguous() and p.mT.is_contiguous()
 
 
-def make_buckets(slots: Sequence[Slot], optimizer: Optimizer) -> list[Bucket]:
-    """Sort slots into buckets and their stacks, keeping the order of parameters within each."""
-    families: dict[object, dict[object, list[Slot]]] = {}
-    for slot in slots:
-        p, placement = slot.p, slot.placement
+def make_buckets(points: Sequence[Point], optimizer: Optimizer) -> list[Bucket]:
+    """Sort points into buckets and their stacks, keeping the order of parameters within each."""
+    families: dict[object, dict[object, list[Point]]] = {}
+    for point in points:
+        p, placement = point[0].p, point[0].placement
         width = placement.as_tall(p).shape[-1] if p.numel() else 0
-        family = families.setdefault((placement.manifold, width, p.dtype, p.device), {})
-        family.setdefault((placement, p.shape, is_flipped(p)), []).append(slot)
+        # One small algebra serves a bucket: what decides its course must be the same for all.
+        course = placement.gradient, placement.direction, placement.manifold_decay > 0
+        family = families.setdefault((placement.manifold, course, width, p.dtype, p.device), {})
+        height = tuple((s.p.shape, is_flipped(s.p)) for s in point)
+        rate = point[0].group if placement.needs_rate else None
+        family.setdefault((placement, rate, height), []).append(point)
     return [
-        Bucket([Stack(chunk, optimizer) for chunk in chunks])
+        Bucket([Stack(slots, optimizer) for chunk in chunks for slots in zip(*chunk, strict=True)])
         for heights in families.values()
-        for chunks in _fill(heights.values(), next(iter(heights.values()))[0].p.device)
+        for chunks in _fill(heights.values(), next(iter(heights.values()))[0][0].p.device)
     ]
 
 
-def _fill(heights: object, device: torch.device) -> list[list[list[Slot]]]:
+def _fill(heights: Iterable[list[Point]], device: torch.device) -> list[list[list[Point]]]:
     """Cut runs of equal shape into pieces and the pieces into buckets of at most CPU_BUCKET_BYTES."""
-    buckets: list[list[list[Slot]]] = [[]]
+    buckets: list[list[list[Point]]] = [[]]
     room = limit = CPU_BUCKET_BYTES if device.type == "cpu" else float("inf")
-    for run in heights:  # type: ignore[attr-defined]
-        size = max(1, run[0].p.numel() * run[0].p.element_size())
+    for run in heights:
+        size = max(1, sum(slot.p.numel() * slot.p.element_size() for slot in run[0]))
         while run:
             fits = len(run) if room == float("inf") else int(room // size)
             if fits == 0 and buckets[-1]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, NotOnManifoldError
 from .manifolds import Manifold, from_spec
-from .placement import Placement, check_parameter, check_parameter_shape, read_placement
+from .placement import Placement, check_parameter_shape, check_point, read_placement
 
 # Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
 # fully_shard, DDP, deepcopy and torch.compile.
@@ -62,6 +62,11 @@ def constrain(
     """
     owner, leaf, p = _find(module, name)
     manifold = from_spec(manifold)
+    if manifold.parts > 1:
+        raise ConfigError(
+            f"a point of {type(manifold).__name__} is made of three parameters U, S, V, and constrain takes one: adapt "
+            f"a linear layer with RiemannLoRALinear, or list the triples in a group by hand."
+        )
     keys = {"orientation": orientation, "view": view}
     keys = {key: value for key, value in keys.items() if value is not None}
     placement = read_placement({"manifold": manifold, **keys})
@@ -70,7 +75,7 @@ def constrain(
     spec = manifold.spec()
     check_parameter_shape(name, p, placement)
     if init == "keep":
-        check_parameter(name, p.detach(), placement)
+        check_point(name, [p], placement)
     else:
         p.copy_(_initial_point(name, p, placement, init, generator))
     declare(owner, leaf, manifold=spec, **keys)
@@ -121,7 +126,8 @@ def param_groups(
     Args:
         model: any module, DDP-wrapped or not; call it after ``fully_shard``, which replaces parameters.
         lr: learning rate of all groups; None leaves the optimizer's default.
-        weight_decay: for the decayed weights; None leaves the optimizer's default.
+        weight_decay: for the decayed weights; None leaves the optimizer's default. Fixed-rank groups get it as
+            "manifold_decay", which shrinks W = U S V^T and is decoupled whatever the optimizer.
         manifold_lr: learning rate of manifold groups, default ``lr``.
         scale_lr: learning rate of scale factors, default ``lr``.
         trainable_only: leave out parameters that need no gradient.
@@ -174,6 +180,10 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         yield name, p, keys if keys.get("manifold") else order.get(id(p), keys)
 
 
+def _is_fixed_rank(keys: Mapping[str, Any]) -> bool:
+    return bool(keys.get("manifold")) and from_spec(keys["manifold"]).parts > 1
+
+
 def _settings(
     p: Tensor,
     keys: dict[str, Any],
@@ -183,6 +193,11 @@ def _settings(
     scale_lr: float | None,
 ) -> tuple[str, dict[str, Any]]:
     """The key of a parameter's group and what the group says."""
+    if scale_lr is not None and _is_fixed_rank(keys):
+        raise ConfigError(
+            "scale_lr is for factors S with a group of their own (StelLALinear); on FixedRank U, S and V move as one "
+            "point with one learning rate: use manifold_lr."
+        )
     role = keys.get("role", "manifold" if keys.get("manifold") else "decayed")
     own_lr = {"manifold": manifold_lr, "scale": scale_lr}.get(role)
     # A copy: groups may be edited in place, declarations stay.
@@ -193,4 +208,6 @@ def _settings(
     decay = weight_decay if role in ("decayed", "scale") else 0.0
     if decay is not None:
         settings["weight_decay"] = decay
+    if weight_decay and _is_fixed_rank(keys):
+        settings["manifold_decay"] = weight_decay
     return f"{role} {sorted(keys.items(), key=str)}", settings

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .buckets import Bucket, Slot, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .manifolds import Manifold
-from .placement import KEYS, check_parameter, read_placement, resolve_orientation
+from .placement import KEYS, Placement, check_point, point_of, read_placement, resolve_orientation
 
 # torch's own optimizers whose weight_decay is added to the gradient (L2), unless a flag decouples it.
 _COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
@@ -56,6 +56,8 @@ class ManifoldStep:
         self.skipped = 0
         self._warned = False
         self._buckets: list[Bucket] = []
+        self._unpaired: list[Tensor] = []
+        self._withheld: list[tuple[Tensor, Tensor]] = []
         self._signature: list[tuple[Settings, list[Tensor]]] | None = None
 
     # Groups
@@ -76,8 +78,8 @@ class ManifoldStep:
         if group.get("manifold") is None:
             return
         placement = read_placement(group)
-        for i, p in enumerate(group["params"]):
-            check_parameter(label_of(group, index, i), p, placement)
+        for i, params in _points(group, index, placement):
+            check_point(label_of(group, index, i), params, placement)
         self._check_decay(group, index)
         orientation = resolve_orientation(placement, [p.shape for p in group["params"]])
         group.update(manifold=_plain(placement.manifold), orientation=orientation)
@@ -103,24 +105,24 @@ class ManifoldStep:
                 stacklevel=4,
             )
 
-    def slots(self, *, with_gradient: bool = False) -> list[Slot]:
-        """The constrained parameters of all groups."""
+    def points(self) -> list[list[Slot]]:
+        """The constrained parameters of all groups, as many together as make a point."""
         found = []
         for g, group in enumerate(self.optimizer.param_groups):
             if group.get("manifold") is None:
                 continue
             placement = read_placement(group)
-            for i, p in enumerate(group["params"]):
-                if not with_gradient or (p.grad is not None and p.numel()):
-                    found.append(Slot(p, label_of(group, g, i), placement))
+            for first, params in _points(group, g, placement):
+                labels = [label_of(group, g, first + i) for i in range(len(params))]
+                found.append([Slot(p, label, placement, g) for p, label in zip(params, labels, strict=True)])
         return found
 
     def residuals(self) -> dict[object, float]:
-        """max |x^T x - I| of every constrained parameter."""
+        """Distance from the constraint of every point, by the label of its first parameter."""
         return {
-            s.label: s.placement.manifold.residual(s.placement.as_tall(s.p.detach())).amax().item()  # type: ignore[attr-defined]
-            for s in self.slots()
-            if s.p.numel()
+            slots[0].label: _residual([s.p for s in slots], slots[0].placement)
+            for slots in self.points()
+            if slots[0].p.numel()
         }
 
     def diagnostics(self) -> dict[str, float]:
@@ -135,9 +137,12 @@ class ManifoldStep:
         """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""
         if self._signature is None or not _same(self._sign(), self._signature):
             self.adopt_all()
-            slots = self.slots(with_gradient=True)
-            _check_gradients(slots)
-            self._buckets = make_buckets(slots, self.optimizer)
+            points = [point for point in self.points() if all(s.p.numel() for s in point)]
+            whole = [point for point in points if _has_gradients(point)]
+            _check_gradients([slot for point in whole for slot in point])
+            self._buckets = make_buckets(whole, self.optimizer)
+            # A point moves as a whole or not at all.
+            self._unpaired = [s.p for point in points if not _has_gradients(point) for s in point]
             self._signature = self._sign()
         return self._buckets
 
@@ -181,6 +186,9 @@ class ManifoldStep:
             for stack in (s for b in buckets for s in b.stacks):
                 # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
                 stack.lend_gradients([id(p) not in refused for p in stack.params])
+            self._withheld = [(p, p.grad) for p in self._unpaired if p.grad is not None]
+            for p, _ in self._withheld:
+                p.grad = None
         except BaseException:
             self.return_gradients()
             raise
@@ -206,6 +214,9 @@ class ManifoldStep:
 
     def return_gradients(self) -> None:
         """Undo what `before` did to the gradients."""
+        for p, grad in self._withheld:
+            p.grad = grad
+        self._withheld = []
         for bucket in self._buckets:
             for stack in bucket.stacks:
                 stack.return_gradients()
@@ -215,6 +226,22 @@ class ManifoldStep:
         for bucket in self._buckets:
             for stack in bucket.stacks:
                 stack.restore()
+
+
+def _points(group: Mapping[str, Any], index: int, placement: Placement) -> list[tuple[int, list[Tensor]]]:
+    """(index of the first, the parameters) of every point of a group."""
+    params, parts = list(group["params"]), placement.manifold.parts
+    if len(params) % parts:
+        raise ConfigError(
+            f"group {index} is on {type(placement.manifold).__name__} and lists {len(params)} parameters; its "
+            f"points are consecutive triples U, S, V: build the groups with stiefelopt.param_groups(model), or "
+            f"list all three."
+        )
+    return [(i, params[i : i + parts]) for i in range(0, len(params), parts)]
+
+
+def _residual(params: Sequence[Tensor], placement: Placement) -> float:
+    return placement.manifold.residual(point_of(params, placement)).amax().item()  # type: ignore[attr-defined]
 
 
 def _plain(manifold: Manifold) -> object:
@@ -231,6 +258,10 @@ def _same(
     return len(now) == len(then) and all(
         a == b and len(p) == len(q) and all(map(is_, p, q)) for (a, p), (b, q) in zip(now, then, strict=True)
     )
+
+
+def _has_gradients(point: Sequence[Slot]) -> bool:
+    return all(slot.p.grad is not None for slot in point)
 
 
 def _check_gradients(slots: Sequence[Slot]) -> None:

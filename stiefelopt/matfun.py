@@ -159,6 +159,24 @@ def accretive_inverse(a: Tensor) -> Tensor:
     return torch.cholesky_solve(a.mT, torch.linalg.cholesky_ex(a.mT @ a).L)
 
 
+def symmetric_root(h: Tensor) -> Tensor:
+    """h^(1/2) of symmetric positive semidefinite matrices (*b, p, p), by eigh; not differentiable where they are equal.
+
+    Negative eigenvalues, which rounding gives to a Gram of dependent columns, count as zero.
+    """
+    values, vectors = torch.linalg.eigh(h)
+    return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+
+
+def inverse_symmetric_root(h: Tensor) -> Tensor:
+    """The pseudo-inverse of h^(1/2): directions whose eigenvalue is below rounding stay zero."""
+    values, vectors = torch.linalg.eigh(h)
+    # Grams of float32 matrices hold about 1e-7 of their largest eigenvalue.
+    kept = values > 1e-7 * values[..., -1:].clamp_min(torch.finfo(h.dtype).tiny)
+    inverse = torch.where(kept, values, torch.ones_like(values)).rsqrt() * kept
+    return (vectors * inverse[..., None, :]) @ vectors.mT
+
+
 def expm(a: Tensor) -> Tensor:
     """Matrix exponential of a batch (B, m, m).
 

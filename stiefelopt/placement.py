@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError, NotOnManifoldError, ShapeError
-from .manifolds import Manifold, Stiefel, from_spec
+from .manifolds import USV, Manifold, from_spec
 from .shapes import check_matrix
 
-KEYS = ("manifold", "orientation", "view", "displacement_scale", "reference_dim", "gradient", "direction")
+KEYS = (
+    "manifold",
+    "orientation",
+    "view",
+    "displacement_scale",
+    "reference_dim",
+    "gradient",
+    "direction",
+    "manifold_decay",
+)
 ORIENTATIONS = ("columns", "rows", "auto")
 VIEWS = ("matrix", "batch")
+GRADIENTS = ("factors", "projected")
+DIRECTIONS = ("plain", "spectral")
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,14 @@ class Placement:
     view: str | None = None
     displacement_scale: float | str = 1.0
     reference_dim: float | None = None
+    gradient: str = "factors"
+    direction: str = "plain"
+    manifold_decay: float = 0.0
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether the step asks for the group's learning rate."""
+        return self.direction != "plain" or self.manifold_decay > 0
 
     def matrix_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """(*b, rows, columns) of a parameter of that shape under the view."""
@@ -64,20 +83,51 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
         None if "view" not in given else _one_of("view", given["view"], VIEWS),
         _displacement_scale(given),
         given.get("reference_dim"),
+        _one_of("gradient", given.get("gradient", "factors"), GRADIENTS),
+        _one_of("direction", given.get("direction", "plain"), DIRECTIONS),
+        _decay(given.get("manifold_decay", 0.0)),
     )
-    if isinstance(placement.manifold, Stiefel):
-        _one_of("direction", given.get("direction", "plain"), ("plain",))
-        if "gradient" in given:
-            raise ConfigError(
-                "the group key 'gradient' belongs to FixedRank groups; leave it out of a Stiefel group."
-            )
+    return _of_fixed_rank(placement) if placement.manifold.parts > 1 else _of_stiefel(placement, given)
+
+
+def _of_stiefel(placement: Placement, given: Mapping[str, Any]) -> Placement:
+    if "gradient" in given:
+        raise ConfigError(
+            "the group key 'gradient' belongs to FixedRank groups; leave it out of a Stiefel group."
+        )
+    if placement.manifold_decay:
+        raise ConfigError(
+            "manifold_decay shrinks a matrix, and a point of Stiefel cannot shrink; leave it out, it is for FixedRank."
+        )
     return placement
+
+
+def _of_fixed_rank(placement: Placement) -> Placement:
+    """U, S and V lie as they are: (*b, m, r), (*b, r, r), (*b, n, r)."""
+    if placement.orientation == "rows" or placement.view == "matrix":
+        raise ConfigError(
+            "the factors U, S, V of a FixedRank group are tall, (*b, m, r), (*b, r, r), (*b, n, r): leave out "
+            "orientation='rows' and view='matrix', and store a wide factor transposed."
+        )
+    if placement.displacement_scale == "stella":
+        raise ConfigError(
+            "displacement_scale='stella' is for Stiefel groups; in a FixedRank group use a number, or leave it out."
+        )
+    return replace(placement, orientation="columns")
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
         raise ConfigError(f"the group key {key!r} is {value!r}; use {' or '.join(map(repr, allowed))}.")
     return value
+
+
+def _decay(value: object) -> float:
+    if value == 0:
+        return 0.0
+    if not _positive(value):
+        raise ConfigError(f"manifold_decay is {value!r}; a number that is not negative is needed.")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _displacement_scale(given: Mapping[str, Any]) -> float | str:
@@ -98,17 +148,31 @@ def _positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def check_parameter(label: object, p: Tensor, placement: Placement) -> None:
-    """Refuse a parameter that cannot be stepped on its manifold.
+def check_point(label: object, params: Sequence[Tensor], placement: Placement) -> None:
+    """Refuse parameters that do not make a point of their manifold.
+
+    Args:
+        label: of the first.
+        params: one for Stiefel, U, S, V for FixedRank.
+        placement: of their group.
 
     Raises:
-        ShapeError, ConfigError: as `check_parameter_shape`. NotOnManifoldError: not orthonormal.
+        ShapeError, ConfigError: as `check_parameter_shape`. NotOnManifoldError: not orthonormal, S singular.
     """
-    check_parameter_shape(label, p, placement)
+    for p in params:
+        check_parameter_shape(label, p, placement)
     try:
-        placement.manifold.check(placement.as_tall(p.detach()))  # type: ignore[attr-defined]
+        placement.manifold.check(point_of(params, placement))  # type: ignore[attr-defined]
     except NotOnManifoldError as error:
         raise NotOnManifoldError(f"{name_of(label)}: {error}") from None
+    except ShapeError as error:
+        raise ShapeError(f"{name_of(label)}: {error}") from None
+
+
+def point_of(params: Sequence[Tensor], placement: Placement) -> Tensor | USV:
+    """The point that the parameters are."""
+    tall = [placement.as_tall(p.detach()) for p in params]
+    return tall[0] if len(tall) == 1 else USV(*tall)
 
 
 def name_of(label: object) -> str:

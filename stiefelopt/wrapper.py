@@ -195,7 +195,7 @@ class RiemannianWrapper(Optimizer):
             changed = pre(self, state_dict)
             state_dict = state_dict if changed is None else changed
         live = [settings_of(group) for group in self.param_groups]
-        with lifted(slot.p for slot in self._core.slots()):
+        with lifted(slot.p for point in self._core.points() for slot in point):
             self.optimizer.load_state_dict(state_dict)
         for i, (group, own) in enumerate(zip(self.param_groups, live, strict=True)):
             saved = settings_of(group)

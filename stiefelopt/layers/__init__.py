@@ -1,17 +1,21 @@
 """Low-rank adapters with geometry."""
 
 from .adapt import adapt, adapter_state_dict, load_adapter_state_dict, merge_adapters
+from .loi import loi_init
 from .lora import export_lora, import_lora
 from .low_rank import LowRankLinear
+from .riemann_lora import RiemannLoRALinear
 from .stella import StelLALinear
 
 __all__ = [
     "LowRankLinear",
+    "RiemannLoRALinear",
     "StelLALinear",
     "adapt",
     "adapter_state_dict",
     "export_lora",
     "import_lora",
     "load_adapter_state_dict",
+    "loi_init",
     "merge_adapters",
 ]

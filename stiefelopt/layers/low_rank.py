@@ -1,4 +1,4 @@
-"""The layer y = base(x) + scale (x V) S^T U^T, on which StelLALinear (and later RiemannLoRALinear) stands."""
+"""The layer y = base(x) + scale (x V) S^T U^T, on which StelLALinear and RiemannLoRALinear stand."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ class LowRankLinear(nn.Module):
     """
 
     FACTORS = ("U", "S", "V")
+    folds = True  # whether a correction lies in the base weight, not beside it
     U0: Tensor | None
     V0: Tensor | None
 
@@ -125,6 +126,10 @@ class LowRankLinear(nn.Module):
         h = self.dropout(x)
         if not torch.is_autocast_enabled(x.device.type):
             h = h.to(self.V.dtype)
+        return self._plus_update(y, h)
+
+    def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
+        """y + scale (h V) S^T U^T."""
         h = h @ self.V
         # The scale goes to the r columns here, not to the wide result.
         h = h * (self.S * self.scale) if self.diagonal else F.linear(h, self.S * self.scale)
@@ -173,7 +178,9 @@ class LowRankLinear(nn.Module):
         tied embedding) stays as it is there.
         """
         if not self.merged:
-            self._kept["unmerged"] = self._replace_weight(self._product())
+            self._kept["unmerged"] = self._replace_weight(
+                self._product() if self.folds else self.delta_weight()
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -197,12 +204,12 @@ class LowRankLinear(nn.Module):
         before = self._correction()
         if "original" in self._kept:
             self.base.weight = self._kept.pop("original")
-        elif before is not None:  # loaded corrected, by nn.Module.load_state_dict
+        elif before is not None and self.folds:  # loaded corrected, by nn.Module.load_state_dict
             self._replace_weight(before)
         self.U0 = None if u is None else u.detach().clone()
         self.V0 = None if v is None else v.detach().clone()
         after = self._correction()
-        if after is not None:
+        if after is not None and self.folds:
             self._kept["original"] = self._replace_weight(-after)
 
     # State

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import ConfigError, UnknownNameError
 from ..registry import Registry
@@ -17,7 +17,13 @@ names, get = _registry.names, _registry.get
 
 @dataclasses.dataclass(frozen=True)
 class Manifold:
-    """Base of the manifolds. A subclass is a frozen dataclass whose fields are strings and numbers."""
+    """Base of the manifolds. A subclass is a frozen dataclass whose fields are strings and numbers.
+
+    Attributes:
+        parts: how many parameters make a point, listed one after the other in a group.
+    """
+
+    parts: ClassVar[int] = 1
 
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""

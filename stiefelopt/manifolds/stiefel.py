@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall, gram, identity_like, split, sym, unmoved_matrices
+from ..matfun import inverse_symmetric_root
 from ..retractions import OpenSum, normalize
 from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
 from .base import Manifold, register
@@ -199,7 +200,9 @@ class Stiefel(Manifold):
 
     # The beats of the optimizer's step, on stacks of several heights at once
 
-    def stacked_gradient(self, xs: Tall, gs: Tall, reduce: Reduce | None = None) -> Tensor:
+    def stacked_gradient(
+        self, xs: Tall, gs: Tall, *, arriving: str = "factors", reduce: Reduce | None = None
+    ) -> Tensor:
         """Overwrite the stacks gs by Riemannian gradients; returns x^T g, in which every non-finite entry shows."""
         return self._metric.gradient(xs, gs, reduce, out=gs)[1]
 
@@ -238,17 +241,32 @@ class Stiefel(Manifold):
 
     def stacked_transporter(
         self, xs: Tall, ms: Tall, scales: Sequence[float]
-    ) -> Callable[[int, Tensor, Tensor], Tensor] | None:
-        """``carry(i, y, v)`` from stack i of xs to y, made before `stacked_move` overwrites ms; None for "none"."""
+    ) -> Callable[[Sequence[int], Tall, Tall], list[Tensor]] | None:
+        """``carry(index, ys, vs)`` from the stacks xs[i] to ys, made before `stacked_move` overwrites ms."""
         if self.transport == "none":
             return None
         transport = transports.get(self.transport)
         if transport.form == "gram":
-            return lambda i, y, v: transport.apply([y], [y], [y], [v])[0]
+            return lambda index, ys, vs: transport.apply(ys, ys, ys, vs)
         us = _scaled_displacements(xs, ms, scales)
         if self.projection != "none":
             us = projections.get(self.projection).apply(xs, us)
-        return lambda i, y, v: transport.function(xs[i], us[i], y, v)
+        return lambda index, ys, vs: transport.apply([xs[i] for i in index], [us[i] for i in index], ys, vs)
+
+    def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+        """Give every displacement, made tangent, the singular values rate instead of its own; returns the overlap.
+
+        Reference: SPEL and Muon, whose direction this is: msign(u) = u (u^T u)^(-1/2).
+        """
+        us = projections.tangent.apply(xs, _scaled_displacements(xs, ms, [1.0] * len(xs)))
+        roots = split(inverse_symmetric_root(gram(us, us).double()), us)
+        for x, m, u, root, rate in zip(xs, ms, us, roots, rates, strict=True):
+            torch.baddbmm(x, u, root.to(u.dtype), alpha=rate, out=m)
+        return self.stacked_overlap(xs, ms)
+
+    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+        """Sum of ||y - x||_F^2."""
+        return sum((y - x).square().sum().item() for x, y in zip(xs, ys, strict=True))
 
 
 def _scaled_displacements(

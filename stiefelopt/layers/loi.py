@@ -1,0 +1,191 @@
+"""Locally optimal initialization of RiemannLoRALinear by a randomized SVD that needs backward passes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, StepError
+from .adapt import adapted_layers
+from .riemann_lora import RiemannLoRALinear
+
+Closure = Callable[[], Tensor]
+
+
+@torch.no_grad()
+def loi_init(
+    model: nn.Module,
+    loss_closure: Closure | Sequence[Closure],
+    *,
+    scale: float | None = None,
+    oversample: int = 16,
+    power_iterations: int = 1,
+    generator: torch.Generator | None = None,
+) -> None:
+    r"""Start every RiemannLoRALinear where the first Riemannian gradient is as large as it can be.
+
+    With G = dL/dW at the base weight, U becomes its first r left and V its second r right singular vectors, so
+    that the projected gradient is the best rank-2r approximation of G. G itself is never formed: a randomized SVD
+    (BackPropRSVD) asks for G Om and G^T Q only, which are ordinary gradients of a probe W + A Om^T at A = 0 or
+    W + Q B^T at B = 0.
+
+    Args:
+        model: adapted with `RiemannLoRALinear`; other layers are left alone.
+        loss_closure: returns the scalar loss with its graph, of the same batch each time, and does not call
+            backward; several closures are several batches, whose gradients add up.
+        scale: S = scale I at the start, default each layer's own.
+        oversample: columns beyond 2 r; clipped to what the layer has.
+        power_iterations: q; every one costs two passes and squares the decay of the singular values.
+        generator: for the probes, on its own device.
+
+    Raises:
+        ConfigError: no such layer, or the closure returned no loss that depends on the model.
+        StepError: a gradient is not finite. In both cases nothing has changed.
+
+    Cost: 2 (q + 1) forward and backward passes, all layers at once, each batch; memory for 2 (m + n) (2 r +
+        oversample) numbers a layer beside the activations. The random state is the same in all passes, so that
+        dropout draws the same masks, and is put back afterwards.
+    Reference: Bogachev et al., RiemannLoRA (arXiv 2507.12142), LOI and BackPropRSVD; Halko, Martinsson & Tropp (2011).
+    """
+    closures = [loss_closure] if callable(loss_closure) else list(loss_closure)
+    layers = {name: m for name, m in adapted_layers(model).items() if isinstance(m, RiemannLoRALinear)}
+    if not layers:
+        raise ConfigError(
+            "the model holds no RiemannLoRALinear; adapt(model, RiemannLoRALinear, init='loi', ...) first."
+        )
+    if not closures or power_iterations < 0 or oversample < 0:
+        raise ConfigError(
+            "loi_init needs a closure, and oversample and power_iterations that are not negative."
+        )
+    with _Probing(layers) as probing, _progress(2 * (power_iterations + 1) * len(closures)) as advance:
+        starts = probing.singular_vectors(closures, oversample, power_iterations, generator, advance)
+    for name, (u, v) in starts.items():
+        layers[name].start_at(u, v, scale)
+
+
+class _Probing:
+    """Layers that, while this is entered, are their base plus a probe, and whose own correction is taken back."""
+
+    def __init__(self, layers: dict[str, RiemannLoRALinear]) -> None:
+        self.layers = layers
+        self.probes = {name: _Probe() for name in layers}
+
+    def __enter__(self) -> _Probing:
+        self._corrections = {name: layer.factor_state() for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer._correct(None, None)
+            layer._probe = self.probes[name]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, layer in self.layers.items():
+            layer._probe = None
+            state = self._corrections[name]
+            layer._correct(state.get("U0"), state.get("V0"))
+
+    def singular_vectors(
+        self,
+        closures: Sequence[Closure],
+        oversample: int,
+        iterations: int,
+        generator: torch.Generator | None,
+        advance: Callable[[], object],
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """First r left and second r right singular vectors of every gradient; layers without one are left out."""
+        sizes = {
+            name: min(2 * layer.r + oversample, layer.in_features, layer.out_features)
+            for name, layer in self.layers.items()
+        }
+        right = {name: _normal(layer.V, sizes[name], generator) for name, layer in self.layers.items()}
+        for _ in range(iterations + 1):
+            left = {k: _orthonormal(t) for k, t in self._products(closures, right, True, advance).items()}
+            found = self._products(closures, left, False, advance)
+            right = {name: _orthonormal(t) for name, t in found.items()}
+        return {
+            name: _start(layer.r, left[name], found[name])
+            for name, layer in self.layers.items()
+            if bool(found[name].any())
+        }
+
+    def _products(
+        self,
+        closures: Sequence[Closure],
+        fixed: dict[str, Tensor],
+        on_right: bool,
+        advance: Callable[[], object],
+    ) -> dict[str, Tensor]:
+        """G X for X on the right, else G^T X, of all layers at once."""
+        for name, layer in self.layers.items():
+            free = layer.U if on_right else layer.V
+            zeros = torch.zeros(len(free), fixed[name].shape[1], dtype=free.dtype, device=free.device)
+            probe = self.probes[name]
+            probe.free, probe.fixed, probe.on_right = zeros.requires_grad_(), fixed[name], on_right
+        frees = [probe.free for probe in self.probes.values()]
+        total = [torch.zeros_like(free) for free in frees]
+        for closure in closures:
+            with torch.random.fork_rng(), torch.enable_grad():
+                grads = torch.autograd.grad(_checked_loss(closure()), frees, allow_unused=True)
+            advance()
+            total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
+        for name, t in zip(self.layers, total, strict=True):
+            if not bool(torch.isfinite(t).all()):
+                raise StepError(
+                    f"the gradient at {name} is not finite; nothing has changed. Look at the loss and the batch."
+                )
+        return dict(zip(self.layers, total, strict=True))
+
+
+class _Probe:
+    """What a layer adds in place of its update: (x Om) A^T with A free, or (x B) Q^T with B free."""
+
+    free: Tensor
+    fixed: Tensor
+    on_right: bool
+
+    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        inner, outer = (self.fixed, self.free) if self.on_right else (self.free, self.fixed)
+        x = x.to(inner.dtype)
+        return y + (x @ inner @ outer.mT).to(y.dtype)
+
+
+def _normal(like: Tensor, columns: int, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    z = torch.randn(len(like), columns, generator=generator, device=device, dtype=like.dtype)
+    return z.to(like.device)
+
+
+def _orthonormal(z: Tensor) -> Tensor:
+    """An orthonormal basis, of a common scale first: gradients may be tiny."""
+    return torch.linalg.qr(z.double() / z.abs().amax().clamp_min(1e-300))[0].to(z.dtype)
+
+
+def _start(r: int, q: Tensor, gtq: Tensor) -> tuple[Tensor, Tensor]:
+    """U and V from G ~ q (G^T q)^T; a layer thinner than 2 r shares directions."""
+    v, _, uh = torch.linalg.svd(gtq.double(), full_matrices=False)
+    second = slice(r, 2 * r) if v.shape[1] >= 2 * r else slice(v.shape[1] - r, None)
+    return (q.double() @ uh.mT[:, :r]).to(q.dtype), v[:, second].to(q.dtype)
+
+
+def _checked_loss(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise ConfigError(
+            "loss_closure must return the scalar loss with its graph (no backward, no .item()), computed by the "
+            "adapted model."
+        )
+    return loss
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], object]]:
+    """tqdm's bar where tqdm is installed."""
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="loi_init", unit="pass", leave=False) as bar:
+        yield bar.update

@@ -1,0 +1,194 @@
+"""RiemannLoRALinear: a low-rank adapter trained on the manifold of fixed-rank matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..errors import ConfigError
+from ..groups import declare
+from ..manifolds import FixedRank, Stiefel
+from ..shapes import HALF
+from .low_rank import LowRankLinear
+
+INITS = ("random", "loi")
+CORRECTIONS = ("fold", "keep", "none")
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """y + scale (h V) S^T U^T, whose "gradients" of U, S, V are G V, U^T G V, G^T U with G = dL/d(U S V^T).
+
+    The FLOPs and saved tensors of plain LoRA. With a pair (U0, V0) beside it, y - scale (h V0) U0^T on top: the same
+    products with 2 r columns, and gradients for U, S, V alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        h: Tensor,
+        u: Tensor,
+        s: Tensor,
+        v: Tensor,
+        scale: float,
+        u0: Tensor | None,
+        v0: Tensor | None,
+    ) -> Tensor:
+        r = s.shape[0]
+        rows = h.reshape(-1, h.shape[-1])
+        z = rows @ _beside(v, v0)
+        ctx.save_for_backward(h, z[:, :r], u, s, v, u0, v0)
+        ctx.scale = scale
+        mixed = z[:, :r] @ (scale * s).mT
+        if u0 is not None:
+            mixed = torch.cat((mixed, -scale * z[:, r:]), -1)
+        wide = _beside(u, u0).mT
+        flat = y.reshape(-1, y.shape[-1])
+        out = (
+            torch.addmm(flat, mixed, wide)
+            if flat.dtype == mixed.dtype
+            else flat + (mixed @ wide).to(flat.dtype)
+        )
+        return out.reshape(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, z, u, s, v, u0, v0 = ctx.saved_tensors
+        r = s.shape[0]
+        rows = dy.reshape(-1, dy.shape[-1]).to(h.dtype)
+        inner = ctx.scale * (rows @ _beside(u, u0))
+        own = inner[:, :r]
+        gu = ctx.scale * (rows.mT @ z)
+        gs = own.mT @ z
+        gv = h.reshape(-1, h.shape[-1]).mT @ own
+        dh = None
+        if ctx.needs_input_grad[1]:
+            mixed = own @ s
+            if u0 is not None:
+                mixed = torch.cat((mixed, -inner[:, r:]), -1)
+            dh = (mixed @ _beside(v, v0).mT).reshape(h.shape)
+        return dy, dh, gu, gs, gv, None, None, None
+
+
+def _beside(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else torch.cat((a, b), -1)
+
+
+class RiemannLoRALinear(LowRankLinear):
+    """y = base(x) + (alpha / r) (dropout(x) V) S^T U^T with (U, S, V) a point of `FixedRank`.
+
+    It starts at a small U S V^T = scale U V^T that is taken out again, so that the function starts unchanged.
+    ``.grad`` of its factors is G V, U^T G V, G^T U, where G is the gradient by U S V^T: not the derivatives by the
+    factors, but what the Riemannian gradient is made of, with no inverse of S. `stiefelopt.param_groups` says so to
+    the wrapper. Differentiable once.
+
+    Args:
+        base: nn.Linear, transformers' Conv1D, or a module with in_features, out_features and a weight; it is frozen.
+        r: rank, 1 to min(in, out).
+        alpha: numerator of the update's factor, default r.
+        init: "random": U, V Haar uniform. "loi": the same until `stiefelopt.loi_init` fills them.
+        correction: how the start is taken out. "fold": subtracted from the base weight, at no cost (float32 or
+            float64 base). "keep": frozen factors beside the base weight, which is untouched (half precision, or a base
+            that others read); about twice the products of the adapter. "none": left in. Default: "fold" where the
+            base is float32 or float64, else "keep".
+        scale: S = scale I at the start, default 0.01 / sqrt(r).
+        dropout: on the adapter's input.
+        use_rslora: the update's factor is alpha / sqrt(r).
+        reference_dim: accepted for `adapt`, which passes it to every layer; nothing here depends on it.
+        generator: for the random start, on its own device.
+
+    Raises:
+        ConfigError: a base that is not linear, an option out of range, "fold" on a half-precision base.
+
+    Reference: Bogachev et al., RiemannLoRA (arXiv 2507.12142).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        alpha: float | None = None,
+        *,
+        init: str = "random",
+        correction: str | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        reference_dim: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if init not in INITS:
+            raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
+        if correction is not None and correction not in CORRECTIONS:
+            raise ConfigError(
+                f"correction is {correction!r}; use one of {', '.join(map(repr, CORRECTIONS))}."
+            )
+        if scale is not None and not (isinstance(scale, (int, float)) and 0 < abs(scale) < math.inf):
+            raise ConfigError(
+                f"scale is {scale!r}; a finite number other than 0 is needed: a point of rank r has no zero S."
+            )
+        super().__init__(base, r, alpha, dropout=dropout, use_rslora=use_rslora)
+        exact = self.weight.dtype not in HALF
+        if correction == "fold" and not exact:
+            raise ConfigError(
+                f"correction='fold' rounds away in a {self.weight.dtype} base weight; use 'keep', the default there."
+            )
+        self.init, self.start = init, 0.01 / math.sqrt(r) if scale is None else float(scale)
+        self.correction = correction or ("fold" if exact else "keep")
+        self.folds = self.correction == "fold"
+        for name in self.FACTORS:
+            declare(self, name, manifold=FixedRank().spec(), gradient="projected")
+        # What replaces the update while `loi_init` looks for a start.
+        self._probe: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.reset_parameters(generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
+        return super().forward(x) if self._probe is None else self._probe(self.base(x), x)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start again at random U and V; a correction of the base weight is undone first."""
+        if self.U.is_meta:
+            return
+        u, v = (
+            Stiefel().random_point(*f.shape, dtype=f.dtype, generator=generator) for f in (self.U, self.V)
+        )
+        self.start_at(u, v)
+
+    @torch.no_grad()
+    def start_at(self, u: Tensor, v: Tensor, scale: float | None = None) -> None:
+        """Start at scale u v^T, u (out, r) and v (in, r) orthonormal; the function is the base's, but with "none"."""
+        self.start = self.start if scale is None else scale
+        self._correct(None, None)
+        self.U.copy_(u)
+        self.V.copy_(v)
+        self.S.copy_(self.start * torch.eye(self.r, dtype=self.S.dtype, device=self.S.device))
+        if self.correction != "none":
+            self._correct(self.start * self.U, self.V)
+
+    def check_factors(self, state: Any, layer: str = "the layer") -> None:
+        """As in the base class; a correction that this layer would leave out is refused."""
+        super().check_factors(state, layer)
+        if "U0" in state and self.correction == "none":
+            raise ConfigError(
+                f"{layer} was saved with a correction, and has correction='none' here; use 'fold' or 'keep'."
+            )
+
+    def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
+        dtype = h.dtype
+        if torch.is_autocast_enabled(h.device.type):
+            dtype = torch.get_autocast_dtype(h.device.type)
+        pair = (None, None) if self.folds else (self.U0, self.V0)
+        u, s, v, u0, v0 = (t if t is None else t.to(dtype) for t in (self.U, self.S, self.V, *pair))
+        return _LowRankUpdate.apply(y, h.to(dtype), u, s, v, self.scale, u0, v0)
+
+    def extra_repr(self) -> str:
+        """Rank, scale and correction, for print(model)."""
+        return f"{super().extra_repr()}, correction={self.correction!r}"

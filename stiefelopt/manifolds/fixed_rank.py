@@ -1,0 +1,435 @@
+"""The manifold of m x n matrices of rank r, as points (U, S, V) with W = U S V^T."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import rank_retractions
+from ..errors import ConfigError, NotOnManifoldError, ShapeError
+from ..gram import Reduce, Tall, combine, gram, keep_where, split
+from ..rank_retractions import Factors
+from ..retractions import OpenSum
+from ..shapes import check_matrix, check_pair, compute_dtype
+from .base import Manifold, register
+from .stiefel import Stiefel
+
+TRANSPORTS = ("projection", "none")
+
+
+class USV(NamedTuple):
+    """A point of `FixedRank`, W = U S V^T, or a tangent vector (Up, M, Vp) at one, U M V^T + Up V^T + U Vp^T."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+@register("FixedRank")
+@dataclass(frozen=True)
+class FixedRank(Manifold):
+    """M_r = {W of shape m x n : rank W = r}, with the metric of the space around it.
+
+    Points are `USV(U, S, V)` of shapes (*b, m, r), (*b, r, r), (*b, n, r): U and V with orthonormal columns, S
+    invertible, diagonal or not. Tangent vectors (Up, M, Vp) of the same shapes, with U^T Up = 0 and V^T Vp = 0, stand
+    for U M V^T + Up V^T + U Vp^T.
+
+    Args:
+        retraction: "svd" (the nearest matrix of rank r), "orthographic", or a name registered with
+            ``rank_retractions.register``.
+        transport: "projection" or "none": what `RiemannianWrapper` does with first moments.
+        floor: smallest singular value of S, relative to its largest, that a step may leave; what is smaller is
+            raised. 0, the default, raises StepError where rank is lost.
+
+    Raises:
+        UnknownNameError: a name that is not registered. ConfigError: a floor outside [0, 1).
+
+    Reference: Vandereycken (2013), SIAM J. Optim. 23; Absil & Oseledets (2015), Comput. Optim. Appl. 62.
+    """
+
+    parts: ClassVar[int] = 3
+
+    retraction: str = "svd"
+    transport: str = "projection"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        rank_retractions.get(self.retraction)
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(
+                f"FixedRank(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
+            )
+        if not (isinstance(self.floor, (int, float)) and 0 <= self.floor < 1):
+            raise ConfigError(
+                f"FixedRank(floor={self.floor!r}); a number in [0, 1) is needed, for example 1e-3."
+            )
+
+    # Points
+
+    def residual(self, x: USV) -> Tensor:
+        """max of |U^T U - I| and |V^T V - I|, (*b,)."""
+        x = _checked("x", x)
+        return torch.maximum(Stiefel().residual(x.U), Stiefel().residual(x.V))
+
+    def check(self, x: USV) -> None:
+        """Refuse what is not a point.
+
+        Raises:
+            ShapeError: not three real tensors (*b, m, r), (*b, r, r), (*b, n, r).
+            NotOnManifoldError: columns of U or V are not orthonormal, or S is singular or not finite.
+        """
+        x = USV(*(t.detach() for t in _checked("x", x)))
+        for name, factor in (("U", x.U), ("V", x.V)):
+            try:
+                Stiefel().check(factor)
+            except NotOnManifoldError as error:
+                raise NotOnManifoldError(str(error).replace("x has", f"{name} has", 1)) from None
+        if x.S.numel() == 0:
+            return
+        if not bool(torch.isfinite(x.S).all()):
+            raise NotOnManifoldError("S holds NaN or Inf; look where it was made.")
+        values = torch.linalg.svdvals(x.S.double())
+        ratio = (values[..., -1] / values[..., 0]).nan_to_num().min().item()
+        if not ratio > torch.finfo(compute_dtype(x.S.dtype)).eps:
+            raise NotOnManifoldError(
+                f"S is singular (its smallest singular value is {ratio:.2g} of the largest), and a point has rank r "
+                f"exactly: start from a small multiple of an orthogonal S instead of zero, or use a smaller rank."
+            )
+
+    def random_point(
+        self,
+        *shape: int,
+        rank: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> USV:
+        """A point of (*b, m, n) matrices: U, V uniform, S diagonal with singular values uniform in [1/2, 3/2]."""
+        *batch, m, n = _as_shape(shape, rank)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+        u = Stiefel().random_point(*batch, m, rank, **options)
+        v = Stiefel().random_point(*batch, n, rank, **options)
+        source = u.device if generator is None else generator.device
+        values = torch.rand((*batch, rank), dtype=compute_dtype(u.dtype), device=source, generator=generator)
+        return USV(u, torch.diag_embed(values + 0.5).to(u), v)
+
+    def project_point(self, z: Tensor, *, rank: int) -> USV:
+        """The point nearest to a dense (*b, m, n) matrix: its truncated SVD.
+
+        Raises:
+            NotOnManifoldError: z is not finite, or its rank is lower.
+        """
+        if not isinstance(z, Tensor) or z.ndim < 2 or not z.is_floating_point():
+            raise ShapeError("project_point needs a dense real matrix z of shape (*b, m, n).")
+        _as_shape(z.shape, rank)
+        if not bool(torch.isfinite(z).all()):
+            raise NotOnManifoldError("z holds NaN or Inf, and no matrix of rank r is nearest to it.")
+        # float64: where singular values are close, float32 vectors are orthonormal to 1e-5 only.
+        u, s, vh = torch.linalg.svd(z.double(), full_matrices=False)
+        x = USV(u[..., :rank], torch.diag_embed(s[..., :rank]), vh[..., :rank, :].mT)
+        self.check(USV(*(t.to(compute_dtype(z.dtype)) for t in x)))
+        return USV(*(t.to(z.dtype).contiguous() for t in x))
+
+    def to_dense(self, x: USV) -> Tensor:
+        """W = U S V^T, (*b, m, n)."""
+        x = _checked("x", x)
+        return x.U @ x.S @ x.V.mT
+
+    def dim(self, *shape: int, rank: int) -> int:
+        """Dimension of the manifold of (*b, m, n) matrices: (m + n - r) r for each."""
+        *batch, m, n = _as_shape(shape, rank)
+        return math.prod(batch) * (m + n - rank) * rank
+
+    # Tangent vectors
+
+    def project_tangent(self, x: USV, z: USV) -> USV:
+        """(dU - U U^T dU, M, dV - V V^T dV): the orthogonal projection of coordinates (dU, M, dV)."""
+        x, z = _checked("x", x, z=z)
+        return USV(z.U - x.U @ (x.U.mT @ z.U), z.S, z.V - x.V @ (x.V.mT @ z.V))
+
+    def project_dense(self, x: USV, z: Tensor) -> USV:
+        """The tangent vector nearest to a dense (*b, m, n) z: M = U^T z V, Up = z V - U M, Vp = z^T U - V M^T."""
+        x = _checked("x", x)
+        m, n = x.U.shape[-2], x.V.shape[-2]
+        if not isinstance(z, Tensor) or z.shape != (*x.U.shape[:-2], m, n):
+            raise ShapeError(f"z must be a dense tensor (*b, {m}, {n}) with the batch of the point.")
+        zv, ztu = z @ x.V, z.mT @ x.U
+        inner = x.U.mT @ zv
+        return USV(zv - x.U @ inner, inner, ztu - x.V @ inner.mT)
+
+    def embed(self, x: USV, u: USV) -> Tensor:
+        """The dense tangent matrix U M V^T + Up V^T + U Vp^T, (*b, m, n)."""
+        x, u = _checked("x", x, u=u)
+        return (x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT
+
+    def random_tangent(self, x: USV, generator: torch.Generator | None = None) -> USV:
+        """A tangent vector of unit norm."""
+        x = _checked("x", x)
+        source = x.U.device if generator is None else generator.device
+        z = USV(
+            *(torch.randn(t.shape, dtype=t.dtype, device=source, generator=generator).to(t.device) for t in x)
+        )
+        u = self.project_tangent(x, self.project_tangent(x, z))
+        size = self.norm(x, u)[..., None, None]
+        return USV(*(t / size for t in u))
+
+    def gradient(self, x: USV, egrad: USV) -> USV:
+        """Riemannian gradient from the ordinary gradients of the three factors.
+
+        With G = df/dW these are gU = G V S^T, gS = U^T G V, gV = G^T U S, so that M = gS, Up = gU S^-T - U (...),
+        Vp = gV S^-1 - V (...).
+
+        Accuracy: the inverse of S is damped at rounding level; in float32 the error is about 1e-7 times the condition
+        number of S. Layers that deliver G V and G^T U themselves (`RiemannLoRALinear`) need no inverse.
+        """
+        x, egrad = _checked("x", x, egrad=egrad)
+        return _unflatten(x, self._gradient(_flatten(x), _flatten(egrad), "factors"))
+
+    def inner(self, x: USV, u: USV, v: USV) -> Tensor:
+        """<u, v> = tr M^T M' + tr Up^T Up' + tr Vp^T Vp', the inner product of the dense matrices, (*b,)."""
+        x, u, v = _checked("x", x, u=u, v=v)
+        return sum(((a * b).sum((-2, -1)) for a, b in zip(u, v, strict=True)), x.S.new_zeros(()))
+
+    def norm(self, x: USV, u: USV) -> Tensor:
+        """Norm of a tangent vector, the Frobenius norm of the dense matrix, (*b,)."""
+        return self.inner(x, u, u).sqrt()
+
+    # Motion
+
+    @torch.no_grad()
+    def retract(self, x: USV, u: USV) -> USV:
+        """The point R(x, u) for a tangent u; R(x, 0) is x bit for bit. Not differentiable.
+
+        Raises:
+            StepError: the result has lost rank (and ``floor`` is 0), or u is too large for its squares.
+        """
+        x, u = _checked("x", x, u=u)
+        return _unflatten(x, self._retract(_flatten(x), _flatten(u)))
+
+    def exp(self, x: USV, u: USV) -> USV:
+        """Refused: no closed geodesic of this metric is known; both retractions agree with it to second order."""
+        raise ConfigError("no closed geodesic is known on FixedRank; use retract, which is of second order.")
+
+    def transport_vector(self, x: USV, u: USV, y: USV, v: USV) -> USV:
+        """v, tangent at x, as a tangent vector at y = retract(x, u): the projection of the dense matrix."""
+        x, u, y, v = _checked("x", x, u=u, y=y, v=v)
+        return _unflatten(y, _transported(_flatten(x), _flatten(y), _flatten(v)))
+
+    # On stacks
+
+    def _gradient(self, x: Factors, g: Factors, arriving: str, reduce: Reduce | None = None) -> Factors:
+        if arriving == "factors":
+            # In float64, through the singular values: S may be ill-conditioned.
+            a, d, bh = torch.linalg.svd(x.s.double())
+            damped = d / (d.square() + (torch.finfo(x.s.dtype).eps * d[..., :1]).square()).clamp_min(1e-300)
+            inverse = ((bh.mT * damped[..., None, :]) @ a.mT).to(x.s.dtype)
+            g = Factors(_times(g.us, inverse.mT), g.s, _times(g.vs, inverse))
+        ku, kv = gram(x.us, g.us, reduce), gram(x.vs, g.vs, reduce)
+        up = combine(g.us, x.us, ku, alpha=-1.0)
+        vp = combine(g.vs, x.vs, kv, alpha=-1.0)
+        return Factors(up, g.s, vp)
+
+    def _retract(self, x: Factors, d: Factors, reduce: Reduce | None = None) -> Factors:
+        still = _is_zero(d)
+        y = rank_retractions.retract(
+            rank_retractions.get(self.retraction), x, d, floor=self.floor, reduce=reduce
+        )
+        if still is None:
+            return y
+        s = torch.where(still[:, None, None], x.s, y.s)
+        return Factors(keep_where(still, x.us, y.us), s, keep_where(still, x.vs, y.vs))
+
+    # The beats of the optimizer's step: stacks U, S, V of one height after the other
+
+    def stacked_gradient(
+        self, xs: Tall, gs: Tall, *, arriving: str = "factors", reduce: Reduce | None = None
+    ) -> Tensor:
+        """Overwrite the stacks gs by tangent coordinates (Up, M, Vp); returns what every non-finite entry shows in."""
+        x, g = _factors(xs), _factors(gs)
+        shown = _shown(x, g, reduce)
+        _write(self._gradient(x, g, arriving, reduce), gs)
+        return shown
+
+    def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
+        """Overwrite the moved points ms by displacements; returns U^T dU, M and V^T dV side by side, (B, r, 3 r)."""
+        for x, m in zip(xs, ms, strict=True):
+            torch.sub(m, x, out=m)
+        return _shown(_factors(xs), _factors(ms), reduce)
+
+    def stacked_move(
+        self,
+        xs: Tall,
+        ms: Tall,
+        e: Tensor,
+        scales: Sequence[float],
+        *,
+        drift: float,
+        reduce: Reduce | None = None,
+    ) -> list[OpenSum]:
+        """Scale and retract the displacements that `stacked_overlap` left in ms: the new points."""
+        for m, scale in zip(ms, scales, strict=True):
+            if scale != 1.0:
+                m.mul_(scale)
+        y = self._retract(_factors(xs), _factors(ms), reduce)
+        return [(t, None) for t in _stacks(y)]
+
+    def stacked_spectral(self, xs: Tall, ds: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+        r"""Give every displacement, made tangent, the singular values rate and project; returns the overlap.
+
+        With hu = Up^T Up and hv = Vp^T Vp the tangent matrix is [U, Qu] core [V, Qv]^T, core = [[M, hv^(1/2)],
+        [hu^(1/2), 0]] of 2r x 2r; its orthogonal factor msign(core), in r-blocks, gives the new M, Up and Vp.
+        Reference: RiemannLoRA / Riemannion (arXiv 2507.12142), equations 10 to 12.
+        """
+        x, d = _factors(xs), _factors(ds)
+        r = x.s.shape[-1]
+        us = combine(d.us, x.us, e[..., :r], alpha=-1.0)
+        vs = combine(d.vs, x.vs, e[..., 2 * r :], alpha=-1.0)
+        m, up, vp = rank_retractions.spectral(d.s.double(), gram(us, us).double(), gram(vs, vs).double())
+        rate = torch.cat([m.new_full((len(s),), lr) for s, lr in zip(xs[1::3], rates[1::3], strict=True)])
+        m, up, vp = ((rate[:, None, None] * t).to(x.s.dtype) for t in (m, up, vp))
+        _write(Factors(_times(us, up), m, _times(vs, vp)), ds)
+        return _shown(x, _factors(ds), None)
+
+    def stacked_decay(self, xs: Tall, ds: Tall, e: Tensor, decays: Sequence[float]) -> Tensor:
+        """Add -decay W to every displacement; returns the overlap."""
+        for s, m, decay in zip(xs[1::3], ds[1::3], decays[1::3], strict=True):
+            m.sub_(s, alpha=decay)
+        r = e.shape[-2]
+        return torch.cat((e[..., :r], _factors(ds).s, e[..., 2 * r :]), -1)
+
+    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+        """Sum of ||W+ - W||_F^2 as [U+ S+ - U S, U S] [V+, V+ - V]^T, in which nothing cancels."""
+        x, y = _factors(xs), _factors(ys)
+        before, after = _times(x.us, x.s), _times(y.us, y.s)
+        left = [torch.cat((b - a, a), -1) for a, b in zip(before, after, strict=True)]
+        right = [torch.cat((b, b - a), -1) for a, b in zip(x.vs, y.vs, strict=True)]
+        return (gram(left, left) * gram(right, right)).sum().item()
+
+    def stacked_transporter(
+        self, xs: Tall, ms: Tall, scales: Sequence[float]
+    ) -> Callable[[Sequence[int], Tall, Tall], list[Tensor]] | None:
+        """``carry(index, ys, vs)`` from the stacks xs[i] to ys; None for "none"."""
+        if self.transport == "none":
+            return None
+        return lambda index, ys, vs: _stacks(
+            _transported(_factors([xs[i] for i in index]), _factors(ys), _factors(vs))
+        )
+
+
+def _transported(x: Factors, y: Factors, v: Factors) -> Factors:
+    """The projection at y of v, tangent at x.
+
+    With a = U^T U+, b = Up^T U+, c = V^T V+, d = Vp^T V+: M+ = a^T (M c + d) + b^T c,
+    Up+ = U (M c + d) + Up c - U+ M+, Vp+ = V (M^T a + b) + Vp a - V+ M+^T.
+    """
+    a, b, c, d = gram(x.us, y.us), gram(v.us, y.us), gram(x.vs, y.vs), gram(v.vs, y.vs)
+    right, left = v.s @ c + d, v.s.mT @ a + b
+    m = a.mT @ right + b.mT @ c
+    up = combine(combine(_times(x.us, right), v.us, c), y.us, m, alpha=-1.0)
+    vp = combine(combine(_times(x.vs, left), v.vs, a), y.vs, m.mT, alpha=-1.0)
+    return Factors(up, m, vp)
+
+
+def _is_zero(d: Factors) -> Tensor | None:
+    """Mask (B,) of the displacements that are exactly zero; on the CPU None when there is none."""
+    flat = [torch.cat([(t == 0).all(-1).all(-1) for t in part]) for part in (d.us, d.vs)]
+    mask = flat[0] & flat[1] & (d.s == 0).all(-1).all(-1)
+    return mask if mask.device.type != "cpu" or bool(mask.any()) else None
+
+
+def _shown(x: Factors, z: Factors, reduce: Reduce | None) -> Tensor:
+    return torch.cat((gram(x.us, z.us, reduce), z.s, gram(x.vs, z.vs, reduce)), -1)
+
+
+def _times(zs: Tall, t: Tensor) -> list[Tensor]:
+    return [torch.bmm(z, s) for z, s in zip(zs, split(t, zs), strict=True)]
+
+
+def _factors(stacks: Tall) -> Factors:
+    """[U1, S1, V1, U2, ...] by heights as lists of U and V and one batch of S."""
+    small = list(stacks[1::3])
+    return Factors(list(stacks[0::3]), small[0] if len(small) == 1 else torch.cat(small), list(stacks[2::3]))
+
+
+def _stacks(x: Factors) -> list[Tensor]:
+    """The inverse of `_factors`."""
+    return [t for triple in zip(x.us, split(x.s, x.us), x.vs, strict=True) for t in triple]
+
+
+def _write(x: Factors, out: Tall) -> None:
+    for t, o in zip(_stacks(x), out, strict=True):
+        if t is not o:
+            o.copy_(t)
+
+
+def _flatten(x: USV) -> Factors:
+    """Any batch dimensions as one."""
+    u, s, v = (t.to(compute_dtype(t.dtype)).reshape(-1, *t.shape[-2:]) for t in x)
+    return Factors([u], s, [v])
+
+
+def _unflatten(like: USV, x: Factors) -> USV:
+    flat = (x.us[0], x.s, x.vs[0])
+    return USV(*(t.reshape(o.shape).to(o.dtype) for t, o in zip(flat, like, strict=True)))
+
+
+def _checked(name: str, x: object, **others: object) -> Any:
+    """The point, and what lives at it, as USV tuples of fitting tensors.
+
+    Raises:
+        ShapeError: not three real tensors (*b, m, r), (*b, r, r), (*b, n, r) of one dtype and device, or the others
+            are not like them.
+    """
+    point = _as_usv(name, x)
+    check_matrix(f"{name}.U", point.U)
+    check_matrix(f"{name}.V", point.V)
+    *batch, _, r = point.U.shape
+    if point.S.shape != (*batch, r, r) or point.V.shape[:-2] != tuple(batch) or point.V.shape[-1] != r:
+        shapes = ", ".join(str(tuple(t.shape)) for t in point)
+        raise ShapeError(f"{name} has the shapes {shapes}; (*b, m, r), (*b, r, r), (*b, n, r) are needed.")
+    for part in ("S", "V"):
+        t = getattr(point, part)
+        if t.dtype != point.U.dtype or t.device != point.U.device:
+            raise ShapeError(
+                f"{name}.{part} is {t.dtype} on {t.device} and {name}.U is {point.U.dtype} on {point.U.device}; "
+                f"convert them to one dtype and device with .to(...)."
+            )
+    found = [point]
+    for other_name, other in others.items():
+        z = _as_usv(other_name, other)
+        for part in USV._fields:
+            check_pair(f"{name}.{part}", getattr(point, part), f"{other_name}.{part}", getattr(z, part))
+        found.append(z)
+    return found if others else point
+
+
+def _as_usv(name: str, x: object) -> USV:
+    if isinstance(x, Tensor) or not isinstance(x, Sequence) or len(x) != 3:
+        raise ShapeError(
+            f"{name} is a {type(x).__name__}; three tensors USV(U, S, V) are needed: project_point(W, rank=r) makes "
+            f"them from a dense matrix."
+        )
+    for part, t in zip(USV._fields, x, strict=True):
+        if not isinstance(t, Tensor):
+            raise ShapeError(f"{name}.{part} is a {type(t).__name__}; a torch tensor is needed.")
+    return USV(*x)
+
+
+def _as_shape(shape: tuple[Any, ...], rank: object) -> tuple[int, ...]:
+    """(m, n) or ((m, n),), with a rank that fits."""
+    if len(shape) == 1 and not isinstance(shape[0], int):
+        shape = tuple(shape[0])
+    if len(shape) < 2:
+        raise ShapeError(
+            f"the shape {shape} has fewer than two dimensions; give (*b, m, n), for example (64, 32)."
+        )
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(shape[-2:]):
+        raise ShapeError(
+            f"the rank is {rank!r}; (*b, m, n) = {shape} takes an integer from 1 to {min(shape[-2:])}."
+        )
+    return shape

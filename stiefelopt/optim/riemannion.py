@@ -1,0 +1,115 @@
+"""Riemannion: Muon's direction on the manifold of fixed-rank matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from ..errors import ConfigError
+from ..manifolds import from_spec
+from ..wrapper import RiemannianWrapper
+
+
+class Riemannion(RiemannianWrapper):
+    """Heavy ball on the manifold, stepped along its orthogonalized direction.
+
+    The raw momentum M <- momentum P(M) + grad is carried from tangent space to tangent space; its nonzero singular
+    values, at most 2r of them, are set to 1, the result is projected to the tangent space again, and the step is
+    W+ = R(W, -lr (direction + weight_decay W)). All of it is algebra of 2r x 2r matrices. Loss scale does not matter.
+    On Stiefel groups likewise (compare SPEL and Manifold Muon). Groups without a manifold are stepped by AdamW.
+
+    Args:
+        groups: as from `stiefelopt.param_groups`, which may set ``lr`` for each group.
+        lr: default learning rate: on manifold groups the spectral norm of a step.
+        momentum: of the heavy ball.
+        weight_decay: decoupled; of fixed-rank matrices W, and of AdamW's groups, where these set none themselves.
+        betas: of AdamW.
+        eps: of AdamW.
+        nonfinite: as in `RiemannianWrapper`.
+
+    Reference: Bogachev et al., LoRA meets Riemannion (arXiv 2507.12142), equations 10 to 12; the printed algorithm
+    stores the orthogonalized direction as momentum, the equations the raw one, which is right.
+    """
+
+    def __init__(
+        self,
+        groups: Any,
+        lr: float = 1e-4,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        nonfinite: str = "raise",
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum is {momentum!r}; a number in [0, 1) is needed.")
+        prepared = [self._prepared(group, weight_decay) for group in _as_groups(groups)]
+        inner = _HeavyBallAndAdamW(prepared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        for group in inner.param_groups:
+            group.setdefault("momentum", momentum)
+        self._momentum, self._decay = momentum, weight_decay
+        super().__init__(inner, nonfinite=nonfinite)
+
+    @staticmethod
+    def _prepared(group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
+        group = dict(group)
+        if group.get("manifold") is None:
+            return group
+        group.setdefault("direction", "spectral")
+        if from_spec(group["manifold"]).parts > 1:
+            group.setdefault("manifold_decay", group.get("weight_decay") or weight_decay)
+        return {**group, "weight_decay": 0.0}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with or without a manifold."""
+        group = self._prepared(param_group, self._decay) if isinstance(param_group, dict) else param_group
+        if isinstance(group, dict):
+            group.setdefault("momentum", self._momentum)
+        super().add_param_group(group)
+
+
+def _as_groups(groups: Any) -> list[Mapping[str, Any]]:
+    if isinstance(groups, (Tensor, Mapping)) or not isinstance(groups, Iterable):
+        raise ConfigError(
+            "Riemannion needs a list of parameters or groups; build it with stiefelopt.param_groups(model)."
+        )
+    found = list(groups)
+    if not found:
+        raise ConfigError(
+            "Riemannion got an empty list; build the groups with stiefelopt.param_groups(model)."
+        )
+    return found if isinstance(found[0], Mapping) else [{"params": found}]
+
+
+class _HeavyBallAndAdamW(AdamW):
+    """SGD with momentum for the groups with a manifold, AdamW for the others, in one state."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; the wrapper has evaluated the closure."""
+        every = self.param_groups
+        for group in every:
+            if group.get("manifold") is not None:
+                self._heavy_ball(group)
+        try:
+            self.param_groups = [group for group in every if group.get("manifold") is None]
+            return super().step(closure)
+        finally:
+            self.param_groups = every
+
+    def _heavy_ball(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, [p.grad for p in params])
+        torch._foreach_add_(params, buffers, alpha=-float(group["lr"]))

@@ -1,0 +1,263 @@
+"""Retractions on the manifold of fixed-rank matrices: a few lines of r x r algebra each.
+
+At W = U S V^T and along the tangent vector U M V^T + Up V^T + U Vp^T a retraction is a function of the r x r
+matrices c = S + M, hu = Up^T Up and hv = Vp^T Vp alone,
+
+    au, bu, s, av, bv = f(c, hu, hv)        U+ = U au + Up bu,  S+ = s,  V+ = V av + Vp bv.
+
+Everything else is the library's, the same for all: projecting, the zero step, the gauge (U+ and V+ turned so that
+U^T U+ and V^T V+ are symmetric and positive), the correction of what rounding leaves, and the loss of rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import StepError
+from .gram import Reduce, Tall, combine, gram, identity_like
+from .matfun import (
+    distance_from_identity,
+    host_can_look,
+    inverse_sqrt_increment,
+    inverse_symmetric_root,
+    symmetric_root,
+)
+from .registry import Registry
+from .retractions import close, normalize, polar
+
+# Condition number of S + M up to which `orthographic` is right to 1e-5 in float32.
+ORTHOGRAPHIC_LIMIT = 1e4
+# Error of the Gram of U+, as the small algebra foresees it, from which on float32 products are not good enough.
+HARD = 1e-4
+
+
+class Coefficients(NamedTuple):
+    """U+ = U au + Up bu, S+ = s, V+ = V av + Vp bv; all (B, r, r)."""
+
+    au: Tensor
+    bu: Tensor
+    s: Tensor
+    av: Tensor
+    bv: Tensor
+
+
+Small = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class RankRetraction:
+    """A retraction of `FixedRank` as a value.
+
+    Attributes:
+        name: its registered name.
+        function: the small part, ``f(c, hu, hv) -> (au, bu, s, av, bv)``.
+        order: declared order of agreement with the geodesic of the embedded metric.
+    """
+
+    name: str
+    function: Small = field(repr=False)
+    order: int = 2
+
+    def coefficients(self, c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+        """The small part as it was registered, no gauge fixed: all arguments (*b, r, r)."""
+        return Coefficients(*self.function(c, hu, hv))
+
+
+_registry: Registry[RankRetraction] = Registry("fixed-rank retraction")
+names, get = _registry.names, _registry.get
+
+
+def register(name: str, *, order: int = 1) -> Callable[[Small], RankRetraction]:
+    """Decorator that adds a fixed-rank retraction.
+
+    Args:
+        name: the word that ``FixedRank(retraction=...)`` will accept.
+        order: 1 or 2.
+
+    The decorated function is ``f(c, hu, hv) -> (au, bu, s, av, bv)``, see the module; it computes in float64.
+    """
+    return lambda function: _registry.add(name, RankRetraction(name, function, order))
+
+
+@register("svd", order=2)
+def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+    r"""The rank-r matrix nearest to W + xi: a truncated SVD of the 2r x 2r core [[c, hv^(1/2)], [hu^(1/2), 0]].
+
+    With core = K D L^T in r-blocks, U+ = U K1 + Up L1 D^-1, S+ = D, V+ = V L1 + Vp K1 D^-1: no QR of anything tall and
+    no inverse of the roots. Reference: Vandereycken (2013), algorithm 6; Absil & Oseledets (2015), section 3.
+    """
+    r = c.shape[-1]
+    roots = symmetric_root(torch.cat((hu, hv)))
+    ru, rv = roots[: len(hu)], roots[len(hu) :]
+    core = torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2)
+    k, d, lh = torch.linalg.svd(core)
+    k1, l1, d = k[..., :r, :r], lh[..., :r, :r].mT, d[..., :r]
+    inverse = torch.where(d > 0, d, torch.ones_like(d)).reciprocal()[..., None, :]
+    return Coefficients(k1, l1 * inverse, torch.diag_embed(d), l1, k1 * inverse)
+
+
+@register("orthographic", order=2)
+def orthographic(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+    """The matrix of rank r whose difference to W + xi is normal at W: (U + Up c^-1) c (V + Vp c^-T)^T.
+
+    Only for a well-conditioned c; S+ takes up the two r x r factors that orthonormalize. Reference: Absil & Oseledets
+    (2015), section 3.2.
+    """
+    a, d, bh = torch.linalg.svd(c)
+    if host_can_look(c) and not bool((d[..., -1] * ORTHOGRAPHIC_LIMIT >= d[..., 0]).all()):
+        raise StepError(
+            f"orthographic needs S + M with a condition number up to {ORTHOGRAPHIC_LIMIT:g}; lower the learning rate, "
+            f"or use retraction='svd', which needs none"
+        )
+    inverse = bh.mT @ (a / d[..., None, :]).mT
+    gu, gv = inverse.mT @ hu @ inverse, inverse @ hv @ inverse.mT
+    eye = identity_like(c)
+    tu, tv = (inverse_sqrt_increment(g + eye) + eye for g in (gu, gv))
+    s = (tu + gu @ tu) @ c @ (tv + tv @ gv)
+    return Coefficients(tu, inverse @ tu, s, tv, inverse.mT @ tv)
+
+
+def spectral(m: Tensor, hu: Tensor, hv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tangent part of a tangent vector's orthogonal factor: M', and a, b with Up' = Up a and Vp' = Vp b.
+
+    Singular values at rounding level, which a zero or dependent direction leaves, stay zero.
+    """
+    r = m.shape[-1]
+    roots = symmetric_root(torch.cat((hu, hv)))
+    inverses = inverse_symmetric_root(torch.cat((hu, hv)))
+    ru, rv = roots[: len(hu)], roots[len(hu) :]
+    core = torch.cat((torch.cat((m, rv), -1), torch.cat((ru, torch.zeros_like(m)), -1)), -2)
+    k, d, lh = torch.linalg.svd(core)
+    kept = d > 1e-7 * d[..., :1].clamp_min(torch.finfo(d.dtype).tiny)
+    sign = (k * kept[..., None, :]) @ lh
+    return (
+        sign[..., :r, :r],
+        inverses[: len(hu)] @ sign[..., r:, :r],
+        inverses[len(hu) :] @ sign[..., :r, r:].mT,
+    )
+
+
+class Factors(NamedTuple):
+    """Stacks of U and V of several heights, and S, (B, r, r), of all of them."""
+
+    us: list[Tensor]
+    s: Tensor
+    vs: list[Tensor]
+
+
+def retract(
+    retraction: RankRetraction, x: Factors, d: Factors, *, floor: float = 0.0, reduce: Reduce | None = None
+) -> Factors:
+    """The new points, for displacements d that need not be tangent.
+
+    Args:
+        retraction: the small part.
+        x: the points.
+        d: displacements (dU, M, dV); of dU and dV what lies in the span of U and V is discarded.
+        floor: smallest singular value of the new S, relative to its largest; 0 raises where rank is lost.
+        reduce: sums a batch over ranks.
+
+    Raises:
+        StepError: rank is lost, or d is too large for its squares.
+
+    Cost: per factor four products of 2 n r^2 flops; two or three more where rounding must be corrected. r x r
+        algebra in float64: an SVD of 2r x 2r, two eigendecompositions and three SVDs of r x r.
+    """
+    sides = [_Side(x.us, d.us, reduce), _Side(x.vs, d.vs, reduce)]
+    c = (x.s + d.s).double()
+    found = _small_part(retraction, c, sides, floor)
+    eps = torch.finfo(x.s.dtype).eps
+    if eps > torch.finfo(torch.float64).eps and _is_hard(found, sides, eps):
+        for side in sides:
+            side.square_in_float64()
+        found = _small_part(retraction, c, sides, floor)
+    u, left = sides[0].move(found.au, found.bu)
+    v, right = sides[1].move(found.av, found.bv)
+    s = left @ found.s @ right.mT
+    return Factors(u, s.to(x.s.dtype), v)
+
+
+class _Side:
+    """One of the two tall factors: its points, its displacements and their products with each other."""
+
+    def __init__(self, xs: Tall, ds: Tall, reduce: Reduce | None) -> None:
+        self.xs, self.ds, self._reduce = xs, ds, reduce
+        self._multiply(xs, ds)
+        if host_can_look(self.w) and not bool(torch.isfinite(self.q).all()):
+            raise StepError("the displacement is not finite, or too large for its squares: clip the gradient")
+
+    def _multiply(self, xs: Tall, ds: Tall) -> None:
+        self.w = gram(xs, ds, self._reduce).double()
+        self.q = gram(ds, ds, self._reduce).double()
+
+    def square_in_float64(self) -> None:
+        """The products again, without the rounding that a nearly dependent displacement or a small S blows up."""
+        self._multiply([x.double() for x in self.xs], [d.double() for d in self.ds])
+
+    @property
+    def h(self) -> Tensor:
+        """Gram of the projected displacement."""
+        return self.q - self.w.mT @ self.w
+
+    def move(self, a: Tensor, b: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The new orthonormal factors y and, for z = x a + (d - x w) b, the r x r y^T z that S must take up."""
+        dtype = self.xs[0].dtype
+        eye = identity_like(a)
+        zs = combine(self.xs, self.xs, (a - self.w @ b - eye).to(dtype))
+        zs = combine(zs, self.ds, b.to(dtype), out=zs)
+        off = distance_from_identity(gram(zs, zs, self._reduce))
+        if off is not None and off <= 8 * torch.finfo(dtype).eps:
+            return zs, eye
+        ys = close(normalize(zs, polar, self._reduce))
+        return ys, gram(ys, zs, self._reduce).double()
+
+
+def _is_hard(found: Coefficients, sides: Sequence[_Side], eps: float) -> bool:
+    """Whether rounding of the products at eps would show in the Gram of the new factors; True on an accelerator."""
+    if not host_can_look(found.s):
+        return True
+    pairs = zip(sides, (found.bu, found.bv), strict=True)
+    errors = [eps * torch.linalg.matrix_norm(side.q) * b.square().sum((-2, -1)) for side, b in pairs]
+    return not bool((torch.stack(errors) <= HARD).all())
+
+
+def _small_part(retraction: RankRetraction, c: Tensor, sides: Sequence[_Side], floor: float) -> Coefficients:
+    """The coefficients with rank and gauge seen to."""
+    found = retraction.coefficients(c, sides[0].h, sides[1].h)
+    stacked = torch.cat((found.au, found.av, found.s))
+    if host_can_look(c) and not bool(torch.isfinite(stacked).all()):
+        raise StepError(f"{retraction.name} finds no point: the step is too long; lower the learning rate")
+    u, d, vh = torch.linalg.svd(stacked)
+    k = len(c)
+    limit = max(floor, torch.finfo(sides[0].xs[0].dtype).eps)
+    if not host_can_look(c) or not bool((d[2 * k :, -1] > limit * d[2 * k :, 0]).all()):
+        found = _keep_rank(found, u[2 * k :], d[2 * k :], vh[2 * k :], floor)
+        u, _, vh = torch.linalg.svd(torch.cat((found.au, found.av)))
+    turns = (u @ vh)[: 2 * k].mT
+    qu, qv = turns[:k], turns[k:]
+    au, bu, s, av, bv = found
+    return Coefficients(au @ qu, bu @ qu, qu.mT @ s @ qv, av @ qv, bv @ qv)
+
+
+def _keep_rank(found: Coefficients, u: Tensor, d: Tensor, vh: Tensor, floor: float) -> Coefficients:
+    """Raise the singular values d of s to the floor; the vectors that belong to them are chosen from U and V."""
+    if host_can_look(d) and not (floor > 0 and bool((d[..., 0] > 0).all())):
+        ratio = (d[..., -1] / d[..., 0]).nan_to_num().min().item()
+        raise StepError(
+            f"the matrix loses rank: the smallest singular value of S is {ratio:.2g} of the largest. Use a smaller "
+            f"rank or learning rate, or FixedRank(floor=1e-3), which keeps the small ones up"
+        )
+    lost = (d < floor * d[..., :1])[..., None, :]
+    sides = []
+    for a, b in ((found.au @ u, found.bu @ u), (found.av @ vh.mT, found.bv @ vh.mT)):
+        kept = torch.where(lost, torch.zeros_like(a), a)
+        # Where k columns are lost, the last k left singular vectors of the rest are orthogonal to it.
+        sides.append(torch.where(lost, torch.linalg.svd(kept)[0], kept))
+        sides.append(torch.where(lost, torch.zeros_like(b), b))
+    raised = torch.maximum(d, floor * d[..., :1])
+    return Coefficients(sides[0], sides[1], torch.diag_embed(raised), sides[2], sides[3])
