@@ -48,6 +48,8 @@ class Masters:
     def _lift_state(self, p: Tensor) -> None:
         """State that the optimizer made before the first step (Adagrad's) has the parameter's old dtype."""
         state = self._optimizer.state.get(p, {})
+        if KEY in state:
+            return  # half precision since then is the optimizer's own choice (Adafactor's average of gradients)
         for name, t in state.items():
             if isinstance(t, Tensor) and t.dtype in HALF:
                 state[name] = t.to(p.dtype)

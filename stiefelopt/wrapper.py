@@ -181,7 +181,7 @@ class RiemannianWrapper(Optimizer):
             for group in self.param_groups
         ]
         state = self.optimizer.state_dict()
-        for saved, spec in zip(state["param_groups"], specs, strict=True):
+        for saved, spec in zip(_saved_groups(state), specs, strict=True):
             if spec is not None:
                 saved["manifold"] = spec
         for post in self._optimizer_state_dict_post_hooks.values():
@@ -244,6 +244,14 @@ class RiemannianWrapper(Optimizer):
     def residuals(self) -> dict[object, float]:
         """Drift of every constrained parameter: max |x^T x - I| by parameter name, or by (group, index)."""
         return self._core.residuals()
+
+
+def _saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups in a state_dict. An optimizer around another (Lookahead) keeps that one's state_dict in its own."""
+    for found in (state, *state.values()):
+        if isinstance(found, Mapping) and "param_groups" in found:
+            return found["param_groups"]
+    raise ConfigError(f"the optimizer's state_dict holds no param_groups, only {sorted(map(str, state))}.")
 
 
 class _BeforeHook:
