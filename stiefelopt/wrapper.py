@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .errors import ConfigError
+from .errors import ConfigError, StepError
 from .manifold_step import FIRST_MOMENTS, ManifoldStep, settings_of
 from .manifolds import Manifold, from_spec
 from .precision import lifted
@@ -125,18 +125,22 @@ class RiemannianWrapper(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. The closure, if any, is evaluated once, before anything else; its value is returned.
 
+        The inner optimizer gets a closure that returns this value, once.
+
         Raises:
             StepError: a non-finite gradient (nothing has changed), or a displacement that cannot be retracted
                 (the points have not; the inner optimizer's moments have).
         """
-        loss = None
+        loss: Any = None
+        known: tuple[_Evaluated, ...] = ()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            known = (_Evaluated(loss),)
         with torch.no_grad():
             self._core.before()
             try:
-                self.optimizer.step()
+                self.optimizer.step(*known)
             except BaseException:
                 self._core.return_gradients()
                 self._core.restore_points()
@@ -252,6 +256,22 @@ def _saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
         if isinstance(found, Mapping) and "param_groups" in found:
             return found["param_groups"]
     raise ConfigError(f"the optimizer's state_dict holds no param_groups, only {sorted(map(str, state))}.")
+
+
+class _Evaluated:
+    """The closure that the inner optimizer gets: the loss is known, and asking twice would mean a point elsewhere."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss, self._asked = loss, False
+
+    def __call__(self) -> Any:
+        if self._asked:
+            raise StepError(
+                "the inner optimizer evaluates its closure more than once in a step, at points off the manifold; use "
+                "one that takes the loss once, as all of torch.optim but LBFGS do."
+            )
+        self._asked = True
+        return self._loss
 
 
 class _BeforeHook:

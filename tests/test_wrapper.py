@@ -1728,3 +1728,34 @@ def test_diagnostics_are_the_norms_of_the_last_step() -> None:
     assert found["displacement_norm"] ** 2 == pytest.approx(float(moved), rel=1e-12)
     wrapper.zero_grad()
     assert wrapper.diagnostics()["gradient_norm"] != wrapper.diagnostics()["gradient_norm"]
+
+
+def test_the_inner_optimizer_gets_the_loss_once():
+    """Some optimizers (ALIG) read the loss; one that asks again (SAM) would reuse a gradient of another point."""
+
+    class Reader(torch.optim.SGD):
+        asks = 1
+
+        def step(self, closure=None):
+            losses = [closure() for _ in range(self.asks)]
+            self.seen = losses[0].item()
+            super().step()
+            return losses[0]
+
+    p = nn.Parameter(Stiefel().random_point(8, 3, dtype=torch.float64))
+    inner = Reader([{"params": [p], "manifold": Stiefel()}], lr=0.1)
+    wrapper = RiemannianWrapper(inner)
+
+    def closure():
+        wrapper.zero_grad()
+        loss = p.square().sum() + p[0].sum()
+        loss.backward()
+        return loss
+
+    value = wrapper.step(closure).item()
+    assert inner.seen == value
+    Reader.asks = 2
+    before = p.detach().clone()
+    with pytest.raises(StepError, match="more than once"):
+        wrapper.step(closure)
+    assert torch.equal(p, before)
