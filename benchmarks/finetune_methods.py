@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import stiefelopt
-from stiefelopt import RiemannianWrapper, StelLALinear
+from stiefelopt import RiemannianWrapper, Riemannion, RiemannLoRALinear, StelLALinear, loi_init
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Rates:
     head: float
 
 
+Losses = list[Callable[[], Tensor]]
+
+
 @dataclass(frozen=True)
 class Method:
     """How the encoder is adapted, which optimizer trains it, and the learning rate that was tuned for it."""
@@ -37,6 +40,9 @@ class Method:
     adapt: Callable[[nn.Module, Adapter], nn.Module]
     optimizer: Callable[[nn.Module, nn.Module, Rates], torch.optim.Optimizer]
     learning_rate: float
+    start: Callable[[nn.Module, Losses], None] | None = (
+        None  # what is done to the adapters on the first batches
+    )
 
 
 def lora(**flags: Any) -> Callable[[nn.Module, Adapter], nn.Module]:
@@ -73,10 +79,36 @@ def stella(init: str) -> Callable[[nn.Module, Adapter], nn.Module]:
     return adapt
 
 
+def riemann_lora(correction: str | None = None) -> Callable[[nn.Module, Adapter], nn.Module]:
+    """RiemannLoRA (arXiv 2507.12142): U S V^T as one point of the manifold of fixed-rank matrices."""
+
+    def adapt(encoder: nn.Module, adapter: Adapter) -> nn.Module:
+        return stiefelopt.adapt(
+            encoder,
+            RiemannLoRALinear,
+            target_modules=adapter.targets,
+            r=adapter.rank,
+            alpha=adapter.alpha,
+            init="loi",
+            correction=correction,
+        )
+
+    return adapt
+
+
 def riemannian_adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
     groups = stiefelopt.param_groups(encoder, lr=rates.adapter, weight_decay=0.0)
     groups += stiefelopt.param_groups(head, lr=rates.head, weight_decay=0.0)
     return RiemannianWrapper(torch.optim.AdamW(groups))
+
+
+def riemannion(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+    groups = stiefelopt.param_groups(encoder, lr=rates.adapter)
+    return Riemannion(groups + stiefelopt.param_groups(head, lr=rates.head, weight_decay=0.0))
+
+
+def locally_optimal(encoder: nn.Module, losses: Losses) -> None:
+    loi_init(encoder, losses, progress=False)
 
 
 METHODS: dict[str, Method] = {
@@ -89,4 +121,10 @@ METHODS: dict[str, Method] = {
     "stella-pseudo-zero": Method(stella("pseudo-zero"), riemannian_adamw, learning_rate=5e-3),
     "stella-svd-major": Method(stella("svd-major"), riemannian_adamw, learning_rate=5e-3),
     "stella-svd-minor": Method(stella("svd-minor"), riemannian_adamw, learning_rate=5e-3),
+    "riemannlora": Method(riemann_lora(), riemannian_adamw, learning_rate=1e-3, start=locally_optimal),
+    "riemannlora-keep": Method(
+        riemann_lora("keep"), riemannian_adamw, learning_rate=1e-3, start=locally_optimal
+    ),
+    "riemannlora-random": Method(riemann_lora(), riemannian_adamw, learning_rate=1e-3),
+    "riemannion": Method(riemann_lora(), riemannion, learning_rate=1e-2, start=locally_optimal),
 }

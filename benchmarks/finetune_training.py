@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from stiefelopt import RiemannianWrapper
 
 BLOCK = 5  # steps of one method before it is the next one's turn
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
+START_BATCHES = 2  # that a method may look at before its first step (locally optimal initialization)
 VALIDATIONS = 4  # evaluations on the validation part, evenly over a run
 
 
@@ -117,9 +120,19 @@ class Run:
             self.optimizer, round(WARM_UP * plan.steps), plan.steps
         )
         self.batches = training_batches(data.train, plan.batch_size, seed)
+        if method.start is not None:
+            method.start(adapted, self._first_losses())
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.record = Record(name, seed, rate, trainable)
         self.diverged = False
+
+    def _first_losses(self) -> list[Callable[[], Tensor]]:
+        """The losses of the first batches, which training will see again."""
+        batches = training_batches(self.data.train, self.plan.batch_size, self.seed)
+        return [partial(self._loss, batch) for batch in islice(batches, START_BATCHES)]
+
+    def _loss(self, batch: Part) -> Tensor:
+        return functional.cross_entropy(self.model(batch.ids, batch.mask), batch.labels)
 
     @property
     def step_count(self) -> int:
@@ -137,7 +150,7 @@ class Run:
         torch.manual_seed(self.seed * 1_000_003 + self.step_count)
         self.model.train()
         start = time.perf_counter()
-        loss = functional.cross_entropy(self.model(batch.ids, batch.mask), batch.labels)
+        loss = self._loss(batch)
         loss.backward()
         if not math.isfinite(loss.item()):
             self.diverged = True

@@ -25,6 +25,7 @@ def loi_init(
     oversample: int = 16,
     power_iterations: int = 1,
     generator: torch.Generator | None = None,
+    progress: bool = True,
 ) -> None:
     r"""Start every RiemannLoRALinear where the first Riemannian gradient is as large as it can be.
 
@@ -41,6 +42,7 @@ def loi_init(
         oversample: columns beyond 2 r; clipped to what the layer has.
         power_iterations: q; every one costs two passes and squares the decay of the singular values.
         generator: for the probes, on its own device.
+        progress: show tqdm's bar, where tqdm is installed and somebody is looking (a terminal or a notebook).
 
     Raises:
         ConfigError: no such layer, or the closure returned no loss that depends on the model.
@@ -61,7 +63,8 @@ def loi_init(
         raise ConfigError(
             "loi_init needs a closure, and oversample and power_iterations that are not negative."
         )
-    with _Probing(layers) as probing, _progress(2 * (power_iterations + 1) * len(closures)) as advance:
+    passes = 2 * (power_iterations + 1) * len(closures)
+    with _Probing(layers) as probing, _progress(passes, progress) as advance:
         starts = probing.singular_vectors(closures, oversample, power_iterations, generator, advance)
     for name, (u, v) in starts.items():
         layers[name].start_at(u, v, scale)
@@ -180,12 +183,14 @@ def _checked_loss(loss: Any) -> Tensor:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], object]]:
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
     """tqdm's bar where tqdm is installed."""
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ImportError:
         yield lambda: None
         return
-    with tqdm(total=total, desc="loi_init", unit="pass", leave=False) as bar:
+    with tqdm(
+        total=total, desc="loi_init", unit="pass", leave=False, disable=None if wanted else True
+    ) as bar:
         yield bar.update
