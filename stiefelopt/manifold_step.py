@@ -55,6 +55,7 @@ class ManifoldStep:
         self.moments = tuple(moments)
         self.skipped = 0
         self._warned = False
+        self._begun = False
         self._buckets: list[Bucket] = []
         self._signature: list[tuple[Settings, list[Tensor]]] | None = None
 
@@ -115,6 +116,24 @@ class ManifoldStep:
                     found.append(Slot(p, label_of(group, g, i), placement))
         return found
 
+    def live_settings(self) -> list[Settings]:
+        """What every group says now, to be kept over a load."""
+        return [settings_of(group) for group in self.optimizer.param_groups]
+
+    def keep_settings(self, live: Sequence[Settings]) -> list[Slot]:
+        """After a load: where saved and live manifold keys differ, warn, and let the live ones stay."""
+        for i, (group, own) in enumerate(zip(self.optimizer.param_groups, live, strict=True)):
+            saved = settings_of(group)
+            if saved != own:
+                warnings.warn(
+                    f"group {i} was saved with {saved} and is now {own}; the live choice is kept.",
+                    stacklevel=3,
+                )
+            for key in saved:
+                del group[key]
+            group.update(own)
+        return self.slots()
+
     def residuals(self) -> dict[object, float]:
         """max |x^T x - I| of every constrained parameter."""
         return {
@@ -157,6 +176,7 @@ class ManifoldStep:
         Raises:
             StepError: a gradient is not finite; nothing has changed.
         """
+        self.recover()
         try:
             self._convert(self._current_buckets())
         except StiefelOptError:
@@ -177,12 +197,13 @@ class ManifoldStep:
             )
         self.skipped += len(bad)
         refused = {id(slot.p) for slot in bad}
+        self._begun = True
         try:
             for stack in (s for b in buckets for s in b.stacks):
                 # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
                 stack.lend_gradients([id(p) not in refused for p in stack.params])
         except BaseException:
-            self.return_gradients()
+            self.undo()
             raise
 
     def after(self) -> None:
@@ -191,6 +212,7 @@ class ManifoldStep:
         Raises:
             StepError: a displacement is not finite or cannot be retracted; every point is where it was.
         """
+        self._begun = False
         self.return_gradients()
         try:
             for bucket in reversed(self._buckets):  # the last parameters stepped are still in the cache
@@ -215,6 +237,20 @@ class ManifoldStep:
         for bucket in self._buckets:
             for stack in bucket.stacks:
                 stack.restore()
+
+    def undo(self) -> None:
+        """Put gradients and points back: the inner step has raised."""
+        self._begun = False
+        self.return_gradients()
+        self.restore_points()
+
+    def recover(self) -> None:
+        """`undo` as soon as we hear of it: torch runs no hook when a step raises, and the user may have gone on."""
+        if self._begun:
+            self._begun = False
+            for bucket in self._buckets:
+                for stack in bucket.stacks:
+                    stack.recover()
 
 
 def _plain(manifold: Manifold) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .errors import ConfigError
+from .hooks import AttachedHooks
 from .manifold_step import FIRST_MOMENTS, ManifoldStep, settings_of
 from .manifolds import Manifold, from_spec
 from .precision import lifted
@@ -32,7 +32,8 @@ def check_optimizer(optimizer: object) -> Optimizer:
         raise ConfigError("the optimizer is wrapped already; add further groups with add_param_group.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}.")
-    if any(isinstance(hook, _BeforeHook) for hook in optimizer._optimizer_step_pre_hooks.values()):
+    pre_hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), AttachedHooks) for hook in pre_hooks):
         raise ConfigError(
             "the optimizer is attached already, and would be converted twice; call handle.remove() first."
         )
@@ -138,8 +139,7 @@ class RiemannianWrapper(Optimizer):
             try:
                 self.optimizer.step()
             except BaseException:
-                self._core.return_gradients()
-                self._core.restore_points()
+                self._core.undo()
                 raise
             self._core.after()
         return loss
@@ -194,19 +194,10 @@ class RiemannianWrapper(Optimizer):
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        live = [settings_of(group) for group in self.param_groups]
+        live = self._core.live_settings()
         with lifted(slot.p for slot in self._core.slots()):
             self.optimizer.load_state_dict(state_dict)
-        for i, (group, own) in enumerate(zip(self.param_groups, live, strict=True)):
-            saved = settings_of(group)
-            if saved != own:
-                warnings.warn(
-                    f"group {i} was saved with {saved} and is now {own}; the live choice is kept.",
-                    stacklevel=2,
-                )
-            for key in saved:
-                del group[key]
-            group.update(own)
+        self._core.keep_settings(live)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
@@ -246,41 +237,29 @@ class RiemannianWrapper(Optimizer):
         return self._core.residuals()
 
 
-class _BeforeHook:
-    """The step pre-hook of `attach`; a class, so that an attached optimizer can be recognized."""
-
-    def __init__(self, core: ManifoldStep) -> None:
-        self._core = core
-
-    @torch.no_grad()
-    def __call__(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
-            raise ConfigError(
-                "an attached optimizer takes no closure, since hooks run before it; compute the "
-                "gradients first and call "
-                "step(), or use RiemannianWrapper(optimizer)."
-            )
-        self._core.before()
-
-
 class AttachHandle:
     """What `attach` returns: `remove()` takes the behaviour off again."""
 
-    def __init__(self, core: ManifoldStep, hooks: Sequence[Any]) -> None:
-        self._core, self._hooks = core, hooks
+    def __init__(self, hooks: AttachedHooks) -> None:
+        self._hooks = hooks
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer is Euclidean again."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
 
     def residuals(self) -> dict[object, float]:
         """Drift of every constrained parameter: max |x^T x - I| by parameter name, or by (group, index)."""
-        return self._core.residuals()
+        self._hooks.recover()
+        return self._hooks.core.residuals()
 
 
 def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None = None) -> AttachHandle:
     """Install the behaviour of `RiemannianWrapper` as step hooks on an existing optimizer.
+
+    GradScaler unscales before the step, also for fused optimizers, and ``load_state_dict`` keeps the live manifolds,
+    with a warning. torch runs no hook when a step raises: points and gradients are then put back by what comes first,
+    the next step, ``state_dict`` or ``load_state_dict``, or the handle's ``residuals`` or ``remove``. Gradients
+    computed and points loaded in between are kept.
 
     Args:
         optimizer: as for the wrapper. Its step must be called without a closure: hooks cannot run between
@@ -292,10 +271,4 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
     """
     core = ManifoldStep(check_optimizer(optimizer))
     core.adopt_all(None if manifold is None else from_spec(manifold))
-
-    @torch.no_grad()
-    def after(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        core.after()
-
-    hooks = optimizer.register_step_pre_hook(_BeforeHook(core)), optimizer.register_step_post_hook(after)
-    return AttachHandle(core, hooks)
+    return AttachHandle(AttachedHooks(optimizer, core))
