@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import SGD, AdamW
 
 from stiefelopt import RiemannianWrapper, Stiefel, constrain, param_groups
@@ -40,7 +41,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 @pytest.fixture(autouse=True)
 def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -125,10 +126,10 @@ def test_a_checkpoint_on_disk_resumes_bitwise(
     def state(m: nn.Module, w: RiemannianWrapper) -> dict[str, Any]:
         return {"model": m.state_dict(), "optimizer": get_optimizer_state_dict(m, w, options=options)}
 
-    dcp.save(state(model, wrapper), checkpoint_id=tmp_path / "checkpoint")
+    save(state(model, wrapper), checkpoint_id=tmp_path / "checkpoint")
     other, resumed = make(inner, dtype, 1)
     loaded = state(other, resumed)  # DCP loads into tensors that are there, so it makes the state first
-    dcp.load(loaded, checkpoint_id=tmp_path / "checkpoint")
+    load(loaded, checkpoint_id=tmp_path / "checkpoint")
     other.load_state_dict(loaded["model"])
     set_optimizer_state_dict(other, resumed, loaded["optimizer"], options=options)
     assert same(bits(other, resumed), bits(model, wrapper))
