@@ -16,6 +16,7 @@ from .buckets import Bucket, Slot, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .manifolds import Manifold
 from .placement import KEYS, check_parameter, read_placement, resolve_orientation
+from .shapes import without_autocast
 
 # torch's own optimizers whose weight_decay is added to the gradient (L2), unless a flag decouples it.
 _COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
@@ -142,6 +143,7 @@ class ManifoldStep:
             if s.p.numel()
         }
 
+    @without_autocast
     def diagnostics(self) -> dict[str, float]:
         """Norms of the last step, computed when asked for."""
         pairs = [bucket.squared_norms() for bucket in self._buckets]
@@ -170,6 +172,7 @@ class ManifoldStep:
 
     # The step
 
+    @without_autocast
     def before(self) -> None:
         """Turn gradients into Riemannian ones, in workspaces that the optimizer then reads.
 
@@ -206,6 +209,7 @@ class ManifoldStep:
             self.undo()
             raise
 
+    @without_autocast
     def after(self) -> None:
         """Bring the parameters back to their manifolds, and their own gradients back to them.
 

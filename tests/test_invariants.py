@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -406,3 +407,28 @@ def test_many_batch_dimensions() -> None:
     assert m.retract(x, u).shape == x.shape
     assert m.norm(x, u).shape == (2, 1, 3)
     assert m.dim(2, 1, 3, 5, 2) == 6 * 7
+
+
+@pytest.mark.parametrize("retraction", retractions.names())
+def test_autocast_rounds_nothing(retraction: str) -> None:
+    m = Stiefel(retraction=retraction)
+    x = m.random_point(3, 64, 8)
+    u, z = 0.5 * m.random_tangent(x), torch.randn(3, 64, 8)
+    y = m.retract(x, u)
+    calls: dict[str, Callable[[], Any]] = {
+        "residual": lambda: m.residual(x),
+        "project_point": lambda: m.project_point(z),
+        "project_tangent": lambda: m.project_tangent(x, z),
+        "random_tangent": lambda: m.random_tangent(x, torch.Generator().manual_seed(1)),
+        "gradient": lambda: m.gradient(x, z),
+        "inner": lambda: m.inner(x, u, u),
+        "norm": lambda: m.norm(x, u),
+        "retract": lambda: m.retract(x, u),
+        "exp": lambda: m.exp(x, u),
+        "transport_vector": lambda: m.transport_vector(x, u, y, u),
+    }
+    for name, call in calls.items():
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), expected), name
+            m.check(x)

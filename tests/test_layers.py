@@ -452,6 +452,21 @@ def test_autocast(make: Callable[[], Any], diagonal: bool, merged: bool) -> None
         assert layer.V.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("init", ["random", "pseudo-zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_merging_and_exporting_inside_autocast_rounds_nothing(init: str, dtype: torch.dtype) -> None:
+    layer: Any = trained(layer_on(nn.Linear(9, 7).to(dtype), init=init))
+    delta, pair = layer.delta_weight(), layer.to_lora()
+    layer.merge()
+    merged = layer.base.weight.detach().clone()
+    layer.unmerge()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.delta_weight(), delta)
+        assert all(map(torch.equal, layer.to_lora(), pair))
+        layer.merge()
+    assert torch.equal(layer.base.weight, merged)
+
+
 # Merging
 
 

@@ -1466,6 +1466,28 @@ def test_grad_scaler_with_half_precision_points(dtype: torch.dtype) -> None:
     assert same_bits(scaled.values(), plain.values())
 
 
+# autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("wrap", [RiemannianWrapper, attach], ids=["wrapper", "attach"])
+def test_a_step_inside_autocast_gives_the_same_bits(wrap: Wrap, dtype: torch.dtype) -> None:
+    """Autocast would round every product of the step to half precision, and leave the manifold."""
+    ours, reference = Model(dtype), Model(dtype)
+    inner = AdamW(ours.groups(Stiefel(transport="projection")), lr=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        handle = wrap(inner)
+        run(ours, handle if isinstance(handle, Optimizer) else inner, range(4))
+        residuals = handle.residuals()
+    other = RiemannianWrapper(AdamW(reference.groups(Stiefel(transport="projection")), lr=0.02))
+    run(reference, other, range(4))
+    assert same_bits(ours.values(), reference.values())
+    assert residuals == other.residuals()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = handle.diagnostics() if isinstance(handle, RiemannianWrapper) else other.diagnostics()
+    assert found == other.diagnostics()
+
+
 # attach
 
 
