@@ -49,6 +49,8 @@ class RiemannianWrapper(Optimizer):
     The inner optimizer reads Riemannian gradients and steps as it always does; what it did to a parameter, its
     displacement, is projected to the tangent space and retracted. Groups without a manifold are untouched. The
     wrapper owns no state: ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the inner optimizer's.
+    ``.grad`` stays the Euclidean gradient: that is what ``clip_grad_norm_``, accumulation and GradScaler see, and what
+    is clipped is converted afterwards.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` instance (not LBFGS, not SparseAdam).

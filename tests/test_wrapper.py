@@ -1237,6 +1237,27 @@ def test_steps_of_any_length_end_on_the_manifold(retraction: str, lr: float) -> 
         assert max(wrapper.residuals().values()) < 2e-6
 
 
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("lr", [1e5, 1e10, 1e18, 1e22, 1e30, 1e37])
+def test_overflow_in_the_small_matrices_is_a_step_or_an_error_that_changes_no_point(
+    retraction: str, lr: float
+) -> None:
+    """A finite displacement whose squares are not: never a point off the manifold."""
+    model = Model(torch.float32)
+    wrapper = RiemannianWrapper(SGD(model.groups(Stiefel(retraction=retraction)), lr=lr))
+    model.set_gradients(0)
+    before = snapshot(model, wrapper)
+    try:
+        wrapper.step()
+    except StepError:
+        assert same_bits(model.values()[:6], before[0][:6])
+        assert equal([p.grad for p in model.params], before[1])
+        return
+    assert lr < 1e37
+    assert max(wrapper.residuals().values()) < 2e-6
+    assert not any(map(torch.equal, model.values()[:6], before[0][:6]))
+
+
 # Diagnostics
 
 
@@ -1835,6 +1856,15 @@ class Contract(RuleBasedStateMachine):
     @rule(lr=st.sampled_from([0.0, 1e-3, 0.1, 1.0]))
     def change_lr(self, lr: float) -> None:
         self.everywhere(lr=lr)
+
+    @rule(gamma=st.sampled_from([0.5, 0.9]))
+    def schedule(self, gamma: float) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for wrapper in (self.wrapper, *self.wrappers):
+                rates = [group["lr"] for group in wrapper.param_groups]
+                lr_scheduler.ExponentialLR(wrapper, gamma).step()
+                assert [group["lr"] for group in wrapper.param_groups] == [gamma * lr for lr in rates]
 
     @rule(retraction=st.sampled_from(["polar", "qr", "svd", "cayley", "exp"]), plain=st.booleans())
     def change_retraction(self, retraction: str, plain: bool) -> None:
