@@ -551,6 +551,21 @@ def test_conv1d_is_the_linear_with_the_transposed_weight(init: str, diagonal: bo
     assert_near(weight_of(ours.base), weight_of(twin.base))
 
 
+@every_init
+def test_a_square_conv1d_is_not_taken_for_its_transpose(init: str) -> None:
+    """Where both orientations fit, only the numbers can tell."""
+    plain, base = nn.Linear(IN, IN), Conv1D(IN, IN)
+    base.weight.data.copy_(plain.weight.detach().T)
+    base.bias.data.copy_(plain.bias.detach())
+    ours, twin = (trained(layer_on(b, init=init)) for b in (base, plain))
+    x = inputs(5)
+    assert_near(ours(x), twin(x))
+    ours.merge()
+    twin.merge()
+    assert_near(ours(x), twin(x))
+    assert_near(weight_of(ours.base), weight_of(twin.base))
+
+
 # Refused
 
 
