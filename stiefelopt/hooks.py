@@ -39,6 +39,7 @@ class AttachedHooks:
             optimizer.register_step_pre_hook(self.before),
             optimizer.register_step_post_hook(self.after),
             optimizer.register_state_dict_pre_hook(self.before_save),
+            optimizer.register_state_dict_post_hook(self.after_save),
             optimizer.register_load_state_dict_pre_hook(self.before_load),
             optimizer.register_load_state_dict_post_hook(self.after_load),
         )
@@ -77,12 +78,15 @@ class AttachedHooks:
         if not _is_nested(optimizer):
             self.core.after()
 
-    def before_save(self, optimizer: Optimizer) -> None:
-        """Pre-hook of state_dict: plain groups, or ConfigError where a live function keeps them from being plain."""
+    def before_save(self, _: Optimizer) -> None:
+        """Pre-hook of state_dict."""
         self.recover()
-        for group in optimizer.param_groups:
-            if group.get("manifold") is not None:
-                group["manifold"] = dict(from_spec(group["manifold"]).spec())
+
+    def after_save(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Post-hook of state_dict: specs of its own, or ConfigError where a live function has none."""
+        for saved in state_dict["param_groups"]:
+            if saved.get("manifold") is not None:
+                saved["manifold"] = dict(from_spec(saved["manifold"]).spec())
 
     def before_load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Pre-hook of load_state_dict. Nothing may change yet: without success there is no post-hook."""
