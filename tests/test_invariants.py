@@ -432,3 +432,17 @@ def test_autocast_rounds_nothing(retraction: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(call(), expected), name
             m.check(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 8), (5, 5), (300, 2)], ids=str)
+def test_check_draws_the_line_where_it_says(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    half = dtype in (torch.bfloat16, torch.float16)
+    line = max(4 * eps / math.sqrt(shape[0]), 2 * eps) if half else 10 * eps * math.sqrt(math.prod(shape))
+    x = Stiefel().random_point(*shape, dtype=torch.float64)
+    Stiefel().check(x.to(dtype))
+    if not half:
+        Stiefel().check((x * math.sqrt(1 + 0.7 * line)).to(dtype))
+    with pytest.raises(NotOnManifoldError):
+        Stiefel().check((x * math.sqrt(1 + (3 if half else 1.4) * line)).to(dtype))

@@ -1735,7 +1735,9 @@ RECOVERIES: dict[str, Callable[[Any, Any], object]] = {
     "residuals": lambda handle, optimizer: handle.residuals(),
     "remove": lambda handle, optimizer: handle.remove(),
     "state_dict": lambda handle, optimizer: optimizer.state_dict(),
-    "load_state_dict": lambda handle, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "load_state_dict": lambda handle, optimizer: optimizer.load_state_dict(
+        RiemannianWrapper(SGD(Model().groups(), lr=0.1)).state_dict()
+    ),
 }
 
 
