@@ -111,7 +111,7 @@ def locally_optimal(encoder: nn.Module, losses: Losses) -> None:
     loi_init(encoder, losses, progress=False)
 
 
-# The rates of lora and stella were chosen from 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 by the validation cross-entropy of the
+# The rates of lora and stella were chosen from 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 by validation cross-entropy of the
 # default job, averaged over two seeds that no reported run uses (results/finetune_sweep.json):
 #     lora    0.4605  0.4471  0.4545  0.6932  0.6933  0.6934      stella  0.4640  0.4459  0.4496  0.4656  0.6876  0.6931
 # LoRA's relatives take its rate, StelLA's initializations take StelLA's.

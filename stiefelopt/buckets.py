@@ -72,6 +72,7 @@ class Stack:
         )
         self._found_grads: list[Tensor | None] = []
         self._own_grads: list[Tensor | None] = []
+        self._lent_versions = 0
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
 
@@ -114,6 +115,7 @@ class Stack:
             torch._foreach_copy_(self._grads, self._work_of)
         for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
             p.grad = grad if kept else None
+        self._lent_versions = self._versions()
 
     def return_gradients(self) -> None:
         """Give every parameter its own gradient, and its own precision, back."""
@@ -169,6 +171,40 @@ class Stack:
     def restore(self) -> None:
         """Put the parameters back to where they were when they were loaded."""
         torch._foreach_copy_(self.params, self._points_of)
+
+    def recover(self) -> None:
+        """`return_gradients` and `restore` some time after the step has failed: what was set since then stays.
+
+        That is a gradient that is not the one lent, or was written to, and a parameter that is a point again.
+        """
+        found, written = [p.grad for p in self.params], self._versions() != self._lent_versions
+        self.return_gradients()
+        for p, grad, lent, kept in zip(self.params, found, self._grads, self._kept, strict=True):
+            if grad is not (lent if kept else None) or (kept and written):
+                p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
+        for p, stepped, x in zip(self.params, self._stepped, self._points_of, strict=True):
+            if not self._is_set(stepped):
+                p.copy_(x)
+            elif stepped is not p:
+                p.copy_(stepped)
+
+    def _is_set(self, stepped: Tensor) -> bool:
+        """Whether these values were set, and are not half a step: a point; for a master, half-precision numbers."""
+        dtype, shape = self._kind
+        if stepped.shape != shape:
+            return True
+        if self._masters:
+            return torch.equal(stepped.to(dtype).to(stepped.dtype), stepped)
+        placement = self.slots[0].placement
+        if placement.manifold.parts > 1:  # one factor says nothing of its point
+            return False
+        tall = placement.as_tall(stepped.detach())
+        residual = placement.manifold.residual(tall)  # type: ignore[attr-defined]
+        return bool((residual <= tolerance(dtype, *tall.shape[-2:])).all())
+
+    def _versions(self) -> int:
+        """Changes whenever a lent gradient is written to; views of one workspace count together."""
+        return self._grads[0]._version if self._dense else sum(g._version for g in self._grads)
 
 
 class Bucket:

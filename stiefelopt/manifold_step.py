@@ -16,6 +16,7 @@ from .buckets import Bucket, Slot, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .manifolds import Manifold
 from .placement import KEYS, Placement, check_point, point_of, read_placement, resolve_orientation
+from .shapes import without_autocast
 
 # torch's own optimizers whose weight_decay is added to the gradient (L2), unless a flag decouples it.
 _COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
@@ -37,6 +38,14 @@ def settings_of(group: Mapping[str, Any]) -> Settings:
     return {key: dict(value) if isinstance(value, dict) else value for key, value in found.items()}
 
 
+def saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups in a state_dict. An optimizer around another (Lookahead) keeps that one's state_dict in its own."""
+    for found in (state, *state.values()):
+        if isinstance(found, Mapping) and "param_groups" in found:
+            return found["param_groups"]
+    raise ConfigError(f"the optimizer's state_dict holds no param_groups, only {sorted(map(str, state))}.")
+
+
 class ManifoldStep:
     """The eight lines of a step, around any optimizer: `before` it and `after` it.
 
@@ -55,6 +64,7 @@ class ManifoldStep:
         self.moments = tuple(moments)
         self.skipped = 0
         self._warned = False
+        self._begun = False
         self._buckets: list[Bucket] = []
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
@@ -117,6 +127,24 @@ class ManifoldStep:
                 found.append([Slot(p, label, placement, g) for p, label in zip(params, labels, strict=True)])
         return found
 
+    def live_settings(self) -> list[Settings]:
+        """What every group says now, to be kept over a load."""
+        return [settings_of(group) for group in self.optimizer.param_groups]
+
+    def keep_settings(self, live: Sequence[Settings]) -> list[Tensor]:
+        """After a load: where saved and live manifold keys differ, warn, and let the live ones stay."""
+        for i, (group, own) in enumerate(zip(self.optimizer.param_groups, live, strict=True)):
+            saved = settings_of(group)
+            if saved != own:
+                warnings.warn(
+                    f"group {i} was saved with {saved} and is now {own}; the live choice is kept.",
+                    stacklevel=3,
+                )
+            for key in saved:
+                del group[key]
+            group.update(own)
+        return [slot.p for point in self.points() for slot in point]
+
     def residuals(self) -> dict[object, float]:
         """Distance from the constraint of every point, by the label of its first parameter."""
         return {
@@ -125,6 +153,7 @@ class ManifoldStep:
             if slots[0].p.numel()
         }
 
+    @without_autocast
     def diagnostics(self) -> dict[str, float]:
         """Norms of the last step, computed when asked for."""
         pairs = [bucket.squared_norms() for bucket in self._buckets]
@@ -156,12 +185,14 @@ class ManifoldStep:
 
     # The step
 
+    @without_autocast
     def before(self) -> None:
         """Turn gradients into Riemannian ones, in workspaces that the optimizer then reads.
 
         Raises:
             StepError: a gradient is not finite; nothing has changed.
         """
+        self.recover()
         try:
             self._convert(self._current_buckets())
         except StiefelOptError:
@@ -182,6 +213,7 @@ class ManifoldStep:
             )
         self.skipped += len(bad)
         refused = {id(slot.p) for slot in bad}
+        self._begun = True
         try:
             for stack in (s for b in buckets for s in b.stacks):
                 # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
@@ -190,15 +222,17 @@ class ManifoldStep:
             for p, _ in self._withheld:
                 p.grad = None
         except BaseException:
-            self.return_gradients()
+            self.undo()
             raise
 
+    @without_autocast
     def after(self) -> None:
         """Bring the parameters back to their manifolds, and their own gradients back to them.
 
         Raises:
             StepError: a displacement is not finite or cannot be retracted; every point is where it was.
         """
+        self._begun = False
         self.return_gradients()
         try:
             for bucket in reversed(self._buckets):  # the last parameters stepped are still in the cache
@@ -214,18 +248,37 @@ class ManifoldStep:
 
     def return_gradients(self) -> None:
         """Undo what `before` did to the gradients."""
-        for p, grad in self._withheld:
-            p.grad = grad
-        self._withheld = []
+        self._return_withheld()
         for bucket in self._buckets:
             for stack in bucket.stacks:
                 stack.return_gradients()
+
+    def _return_withheld(self) -> None:
+        for p, grad in self._withheld:
+            if p.grad is None:
+                p.grad = grad
+        self._withheld = []
 
     def restore_points(self) -> None:
         """Put every point back to where it was before the step."""
         for bucket in self._buckets:
             for stack in bucket.stacks:
                 stack.restore()
+
+    def undo(self) -> None:
+        """Put gradients and points back: the inner step has raised."""
+        self._begun = False
+        self.return_gradients()
+        self.restore_points()
+
+    def recover(self) -> None:
+        """`undo` as soon as we hear of it: torch runs no hook when a step raises, and the user may have gone on."""
+        if self._begun:
+            self._begun = False
+            self._return_withheld()
+            for bucket in self._buckets:
+                for stack in bucket.stacks:
+                    stack.recover()
 
 
 def _points(group: Mapping[str, Any], index: int, placement: Placement) -> list[tuple[int, list[Tensor]]]:

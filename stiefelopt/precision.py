@@ -7,8 +7,9 @@ state, under "master", and so in every checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,3 +85,14 @@ def lifted(params: Iterable[Tensor]) -> Iterator[None]:
         for (p, own), grad in zip(half, grads, strict=True):
             p.data = own
             p.grad = grad
+
+
+def reload(optimizer: Optimizer, params: Iterable[Tensor], state_dict: Mapping[str, Any]) -> None:
+    """Where torch's load_state_dict has just cast state of half-precision parameters to their dtype: undo that."""
+    half = {id(p) for p in params if p.dtype in HALF}
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in zip(saved, own, strict=True):
+        for name, t in state_dict["state"].get(i, {}).items() if id(p) in half else ():
+            if isinstance(t, Tensor) and t.is_floating_point() and optimizer.state[p][name].dtype in HALF:
+                optimizer.state[p][name] = t.to(p.device, torch.float32, copy=True)

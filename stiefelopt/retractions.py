@@ -43,7 +43,7 @@ from .matfun import (
 )
 from .projections import svd_factor
 from .registry import Registry
-from .shapes import as_stacks
+from .shapes import as_stacks, without_autocast
 
 EXACT = math.inf
 FORMS = ("gram", "ambient", "normalizer")
@@ -76,6 +76,7 @@ class Retraction:
     equivariance: str = "both"
     variants: Mapping[str, Callable[..., object]] = field(default_factory=dict, hash=False, repr=False)
 
+    @without_autocast
     def __call__(self, x: Tensor, u: Tensor, *, metric: str | None = None) -> Tensor:
         """The point y = R(x, u).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .errors import ConfigError, StepError
-from .manifold_step import FIRST_MOMENTS, ManifoldStep, settings_of
+from .hooks import AttachedHooks
+from .manifold_step import FIRST_MOMENTS, ManifoldStep, saved_groups, settings_of
 from .manifolds import Manifold, from_spec
 from .precision import lifted
 
@@ -32,7 +32,8 @@ def check_optimizer(optimizer: object) -> Optimizer:
         raise ConfigError("the optimizer is wrapped already; add further groups with add_param_group.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}.")
-    if any(isinstance(hook, _BeforeHook) for hook in optimizer._optimizer_step_pre_hooks.values()):
+    pre_hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), AttachedHooks) for hook in pre_hooks):
         raise ConfigError(
             "the optimizer is attached already, and would be converted twice; call handle.remove() first."
         )
@@ -48,6 +49,8 @@ class RiemannianWrapper(Optimizer):
     The inner optimizer reads Riemannian gradients and steps as it always does; what it did to a parameter, its
     displacement, is projected to the tangent space and retracted. Groups without a manifold are untouched. The
     wrapper owns no state: ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the inner optimizer's.
+    ``.grad`` stays the Euclidean gradient: that is what ``clip_grad_norm_``, accumulation and GradScaler see, and what
+    is clipped is converted afterwards.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` instance (not LBFGS, not SparseAdam).
@@ -142,8 +145,7 @@ class RiemannianWrapper(Optimizer):
             try:
                 self.optimizer.step(*known)
             except BaseException:
-                self._core.return_gradients()
-                self._core.restore_points()
+                self._core.undo()
                 raise
             self._core.after()
         return loss
@@ -185,7 +187,7 @@ class RiemannianWrapper(Optimizer):
             for group in self.param_groups
         ]
         state = self.optimizer.state_dict()
-        for saved, spec in zip(_saved_groups(state), specs, strict=True):
+        for saved, spec in zip(saved_groups(state), specs, strict=True):
             if spec is not None:
                 saved["manifold"] = spec
         for post in self._optimizer_state_dict_post_hooks.values():
@@ -198,19 +200,10 @@ class RiemannianWrapper(Optimizer):
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        live = [settings_of(group) for group in self.param_groups]
+        live = self._core.live_settings()
         with lifted(slot.p for point in self._core.points() for slot in point):
             self.optimizer.load_state_dict(state_dict)
-        for i, (group, own) in enumerate(zip(self.param_groups, live, strict=True)):
-            saved = settings_of(group)
-            if saved != own:
-                warnings.warn(
-                    f"group {i} was saved with {saved} and is now {own}; the live choice is kept.",
-                    stacklevel=2,
-                )
-            for key in saved:
-                del group[key]
-            group.update(own)
+        self._core.keep_settings(live)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
@@ -250,14 +243,6 @@ class RiemannianWrapper(Optimizer):
         return self._core.residuals()
 
 
-def _saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups in a state_dict. An optimizer around another (Lookahead) keeps that one's state_dict in its own."""
-    for found in (state, *state.values()):
-        if isinstance(found, Mapping) and "param_groups" in found:
-            return found["param_groups"]
-    raise ConfigError(f"the optimizer's state_dict holds no param_groups, only {sorted(map(str, state))}.")
-
-
 class _Evaluated:
     """The closure that the inner optimizer gets: the loss is known, and asking twice would mean a point elsewhere."""
 
@@ -274,41 +259,29 @@ class _Evaluated:
         return self._loss
 
 
-class _BeforeHook:
-    """The step pre-hook of `attach`; a class, so that an attached optimizer can be recognized."""
-
-    def __init__(self, core: ManifoldStep) -> None:
-        self._core = core
-
-    @torch.no_grad()
-    def __call__(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
-            raise ConfigError(
-                "an attached optimizer takes no closure, since hooks run before it; compute the "
-                "gradients first and call "
-                "step(), or use RiemannianWrapper(optimizer)."
-            )
-        self._core.before()
-
-
 class AttachHandle:
     """What `attach` returns: `remove()` takes the behaviour off again."""
 
-    def __init__(self, core: ManifoldStep, hooks: Sequence[Any]) -> None:
-        self._core, self._hooks = core, hooks
+    def __init__(self, hooks: AttachedHooks) -> None:
+        self._hooks = hooks
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer is Euclidean again."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
 
     def residuals(self) -> dict[object, float]:
         """Drift of every constrained parameter: max |x^T x - I| by parameter name, or by (group, index)."""
-        return self._core.residuals()
+        self._hooks.recover()
+        return self._hooks.core.residuals()
 
 
 def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None = None) -> AttachHandle:
     """Install the behaviour of `RiemannianWrapper` as step hooks on an existing optimizer.
+
+    GradScaler unscales before the step, also for fused optimizers, and ``load_state_dict`` keeps the live manifolds,
+    with a warning. torch runs no hook when a step raises: points and gradients are then put back by what comes first,
+    the next step, ``state_dict`` or ``load_state_dict``, or the handle's ``residuals`` or ``remove``. Gradients
+    computed and points loaded in between are kept.
 
     Args:
         optimizer: as for the wrapper. Its step must be called without a closure: hooks cannot run between
@@ -320,10 +293,4 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
     """
     core = ManifoldStep(check_optimizer(optimizer))
     core.adopt_all(None if manifold is None else from_spec(manifold))
-
-    @torch.no_grad()
-    def after(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        core.after()
-
-    hooks = optimizer.register_step_pre_hook(_BeforeHook(core)), optimizer.register_step_post_hook(after)
-    return AttachHandle(core, hooks)
+    return AttachHandle(AttachedHooks(optimizer, core))

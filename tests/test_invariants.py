@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -406,3 +407,42 @@ def test_many_batch_dimensions() -> None:
     assert m.retract(x, u).shape == x.shape
     assert m.norm(x, u).shape == (2, 1, 3)
     assert m.dim(2, 1, 3, 5, 2) == 6 * 7
+
+
+@pytest.mark.parametrize("retraction", retractions.names())
+def test_autocast_rounds_nothing(retraction: str) -> None:
+    m = Stiefel(retraction=retraction)
+    x = m.random_point(3, 64, 8)
+    u, z = 0.5 * m.random_tangent(x), torch.randn(3, 64, 8)
+    y = m.retract(x, u)
+    calls: dict[str, Callable[[], Any]] = {
+        "residual": lambda: m.residual(x),
+        "project_point": lambda: m.project_point(z),
+        "project_tangent": lambda: m.project_tangent(x, z),
+        "random_tangent": lambda: m.random_tangent(x, torch.Generator().manual_seed(1)),
+        "gradient": lambda: m.gradient(x, z),
+        "inner": lambda: m.inner(x, u, u),
+        "norm": lambda: m.norm(x, u),
+        "retract": lambda: m.retract(x, u),
+        "exp": lambda: m.exp(x, u),
+        "transport_vector": lambda: m.transport_vector(x, u, y, u),
+    }
+    for name, call in calls.items():
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), expected), name
+            m.check(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 8), (5, 5), (300, 2)], ids=str)
+def test_check_draws_the_line_where_it_says(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    half = dtype in (torch.bfloat16, torch.float16)
+    line = max(4 * eps / math.sqrt(shape[0]), 2 * eps) if half else 10 * eps * math.sqrt(math.prod(shape))
+    x = Stiefel().random_point(*shape, dtype=torch.float64)
+    Stiefel().check(x.to(dtype))
+    if not half:
+        Stiefel().check((x * math.sqrt(1 + 0.7 * line)).to(dtype))
+    with pytest.raises(NotOnManifoldError):
+        Stiefel().check((x * math.sqrt(1 + (3 if half else 1.4) * line)).to(dtype))

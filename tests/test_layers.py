@@ -452,6 +452,21 @@ def test_autocast(make: Callable[[], Any], diagonal: bool, merged: bool) -> None
         assert layer.V.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("init", ["random", "pseudo-zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_merging_and_exporting_inside_autocast_rounds_nothing(init: str, dtype: torch.dtype) -> None:
+    layer: Any = trained(layer_on(nn.Linear(9, 7).to(dtype), init=init))
+    delta, pair = layer.delta_weight(), layer.to_lora()
+    layer.merge()
+    merged = layer.base.weight.detach().clone()
+    layer.unmerge()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.delta_weight(), delta)
+        assert all(map(torch.equal, layer.to_lora(), pair))
+        layer.merge()
+    assert torch.equal(layer.base.weight, merged)
+
+
 # Merging
 
 
@@ -533,6 +548,21 @@ def test_conv1d_is_the_linear_with_the_transposed_weight(init: str, diagonal: bo
     assert_near(ours.delta_weight(), twin.delta_weight())
     ours.merge()
     twin.merge()
+    assert_near(weight_of(ours.base), weight_of(twin.base))
+
+
+@every_init
+def test_a_square_conv1d_is_not_taken_for_its_transpose(init: str) -> None:
+    """Where both orientations fit, only the numbers can tell."""
+    plain, base = nn.Linear(IN, IN), Conv1D(IN, IN)
+    base.weight.data.copy_(plain.weight.detach().T)
+    base.bias.data.copy_(plain.bias.detach())
+    ours, twin = (trained(layer_on(b, init=init)) for b in (base, plain))
+    x = inputs(5)
+    assert_near(ours(x), twin(x))
+    ours.merge()
+    twin.merge()
+    assert_near(ours(x), twin(x))
     assert_near(weight_of(ours.base), weight_of(twin.base))
 
 

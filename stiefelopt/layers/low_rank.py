@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..shapes import HALF
+from ..shapes import HALF, without_autocast
 
 
 def linear_sizes(base: nn.Module) -> tuple[int, int, bool]:
@@ -155,12 +155,14 @@ class LowRankLinear(nn.Module):
         return None if pair is None else self.scale * (pair[0] @ pair[1].T)
 
     @torch.no_grad()
+    @without_autocast
     def delta_weight(self) -> Tensor:
         """The net change to the original base weight, (out, in), in the factors' dtype."""
         correction = self._correction()
         return self._product() if correction is None else self._product() - correction
 
     @torch.no_grad()
+    @without_autocast
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k) with B A = `delta_weight`: k = r, or 2 r where the start was corrected."""
         us = self.U * self.S if self.diagonal else self.U @ self.S
@@ -171,6 +173,7 @@ class LowRankLinear(nn.Module):
         return a.contiguous(), b.contiguous()
 
     @torch.no_grad()
+    @without_autocast
     def merge(self) -> None:
         """Add the update to the base weight, computed in the factors' precision. Merged twice is merged once.
 
@@ -198,6 +201,7 @@ class LowRankLinear(nn.Module):
         return old
 
     @torch.no_grad()
+    @without_autocast
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
         """Take scale u v^T out of the original base weight, in place of what was taken out before."""
         self.unmerge()

@@ -15,7 +15,7 @@ from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall, gram, identity_like, split, sym, unmoved_matrices
 from ..matfun import inverse_symmetric_root
 from ..retractions import OpenSum, normalize
-from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
+from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance, without_autocast
 from .base import Manifold, register
 
 _FAMILIES = {"metric": metrics, "retraction": retractions, "transport": transports, "projection": projections}
@@ -83,6 +83,7 @@ class Stiefel(Manifold):
 
     # Points
 
+    @without_autocast
     def residual(self, x: Tensor) -> Tensor:
         """max |x^T x - I| of every matrix, (*b,), in the compute dtype."""
         (xs,) = as_stacks(x=x)
@@ -141,6 +142,7 @@ class Stiefel(Manifold):
         """The orthogonal projection z - x sym(x^T z) of an ambient z (*b, n, p)."""
         return projections.tangent(x, z)
 
+    @without_autocast
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A tangent vector of unit norm in the metric; zero where the manifold is a single point."""
         check_matrix("x", x)
@@ -170,6 +172,7 @@ class Stiefel(Manifold):
         """
         return on_stacks(lambda x, egrad: self._metric.gradient([x], [egrad])[0][0], x=x, egrad=egrad)
 
+    @without_autocast
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Inner product <u, v>_x of tangent vectors in the metric, (*b,)."""
         xs, us, vs = as_stacks(x=x, u=u, v=v)
