@@ -17,6 +17,7 @@ from .errors import ConfigError, StepError, StiefelOptError
 from .manifolds import Manifold
 from .placement import KEYS, Placement, check_point, point_of, read_placement, resolve_orientation
 from .shapes import without_autocast
+from .snapshot import Snapshot
 
 # torch's own optimizers whose weight_decay is added to the gradient (L2), unless a flag decouples it.
 _COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
@@ -55,10 +56,11 @@ class ManifoldStep:
     def __init__(
         self, optimizer: Optimizer, nonfinite: str = "raise", moments: Sequence[str] = FIRST_MOMENTS
     ) -> None:
-        if nonfinite not in ("raise", "skip"):
-            raise ConfigError(f"nonfinite is {nonfinite!r}; use 'raise' or 'skip'.")
+        if nonfinite not in ("raise", "restore", "skip"):
+            raise ConfigError(f"nonfinite is {nonfinite!r}; use 'raise', 'restore' or 'skip'.")
         self.optimizer = optimizer
         self.nonfinite = nonfinite
+        self._snapshot = Snapshot(optimizer) if nonfinite == "restore" else None
         if isinstance(moments, str):
             raise ConfigError(f"moments is the string {moments!r}; a list of names is needed: [{moments!r}].")
         self.moments = tuple(moments)
@@ -205,7 +207,7 @@ class ManifoldStep:
 
     def _convert(self, buckets: list[Bucket]) -> None:
         bad = [slot for bucket in buckets for slot in bucket.convert_gradients()]
-        if bad and self.nonfinite == "raise":
+        if bad and self.nonfinite != "skip":
             raise StepError(
                 f"the gradient (or the point) of {bad[0].label!r} is not finite, or too large to be "
                 f"converted; nothing has changed. Lower the learning rate, clip, or pass nonfinite='skip' to "
@@ -213,6 +215,8 @@ class ManifoldStep:
             )
         self.skipped += len(bad)
         refused = {id(slot.p) for slot in bad}
+        if self._snapshot is not None:
+            self._snapshot.take()
         self._begun = True
         try:
             for stack in (s for b in buckets for s in b.stacks):
@@ -241,9 +245,8 @@ class ManifoldStep:
         except BaseException as error:
             self.restore_points()
             if isinstance(error, StepError):
-                raise StepError(
-                    f"{error}. The points were put back to where they were before the step."
-                ) from None
+                what = "The points were" if self._snapshot is None else "Everything was"
+                raise StepError(f"{error}. {what} put back to where it was before the step.") from None
             raise
 
     def return_gradients(self) -> None:
@@ -260,7 +263,9 @@ class ManifoldStep:
         self._withheld = []
 
     def restore_points(self) -> None:
-        """Put every point back to where it was before the step."""
+        """Put every point back to where it was before the step; with "restore", all else that the step changes."""
+        if self._snapshot is not None:
+            self._snapshot.put_back()
         for bucket in self._buckets:
             for stack in bucket.stacks:
                 stack.restore()

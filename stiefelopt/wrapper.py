@@ -56,6 +56,9 @@ class RiemannianWrapper(Optimizer):
         optimizer: any ``torch.optim.Optimizer`` instance (not LBFGS, not SparseAdam).
         manifold: for the groups that name none themselves; None leaves those Euclidean.
         nonfinite: what a gradient or displacement that is not finite does: "raise" StepError, or "skip" the point.
+            Where NaN is born inside the inner step, "raise" puts the points back, while moments, counters and
+            Euclidean groups have changed; "restore" puts back these too, for a copy of all of it every step (measured:
+            11 % of an AdamW step where all parameters are constrained, 28 % beside four times as many that are not).
         moments: names under which the inner optimizer keeps averages of gradients; manifolds with a ``transport``
             carry them to the new point.
 

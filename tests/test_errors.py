@@ -372,7 +372,7 @@ ON_WRAPPING: dict[str, Case] = {
     "an unknown nonfinite": Case(
         ConfigError,
         r"nonfinite is 'ignore'",
-        r"'raise' or 'skip'",
+        r"'raise', 'restore' or 'skip'",
         lambda o: RiemannianWrapper(o, nonfinite="ignore"),
         lambda w: w.sgd(w.point),
     ),

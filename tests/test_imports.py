@@ -20,7 +20,7 @@ FLOORS = (
     ("registry", "shapes", "gram", "matfun", "distributed"),
     ("metrics", "projections", "retractions", "rank_retractions", "transports"),
     ("manifolds",),
-    ("placement", "buckets", "precision", "manifold_step", "hooks"),
+    ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
     ("groups", "wrapper", "optim", "layers"),
     ("testing", "integrations"),
 )

@@ -1209,12 +1209,33 @@ def test_nan_born_inside_the_inner_step_puts_the_points_back(how: str) -> None:
     assert equal(after[1], before[1])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="API.md: on CPU nothing changes; moments and other groups do (issue 3)"
-)
-def test_nan_born_inside_the_inner_step_changes_nothing_anywhere() -> None:
-    _, before, after = poisoned_step("nan", StepError, r"point\.3")
+@pytest.mark.parametrize("how", ["nan", "inf", "raise"])
+def test_restore_lets_a_failed_inner_step_change_nothing_anywhere(how: str) -> None:
+    error = ArithmeticError if how == "raise" else StepError
+    _, before, after = poisoned_step(how, error, r"failed|point\.3", nonfinite="restore")
     assert equal(after, before)
+
+
+def test_restore_takes_back_the_first_step_and_a_later_one() -> None:
+    model, reference = Model(), Model()
+    inner = AdamW(model.groups(), lr=0.1)
+    wrapper = RiemannianWrapper(inner, nonfinite="restore")
+    other = RiemannianWrapper(AdamW(reference.groups(), lr=0.1))
+    for step in range(4):
+        before = snapshot(model, wrapper)
+        model.set_gradients(step)
+        good = [None if p.grad is None else p.grad.clone() for p in model.params]
+        for group in wrapper.param_groups:
+            group["lr"] = float("nan")
+        with pytest.raises(StepError, match=r"Everything was put back"):
+            wrapper.step()
+        for group in wrapper.param_groups:
+            group["lr"] = 0.1
+        assert equal([p.grad for p in model.params], good)
+        assert equal(snapshot(model, wrapper)[0], before[0])
+        run(model, wrapper, range(step, step + 1))
+        run(reference, other, range(step, step + 1))
+    assert same_bits(model.values(), reference.values())
 
 
 def test_an_inner_step_that_raises_puts_points_and_gradients_back() -> None:
