@@ -46,6 +46,32 @@ def save_plot(path: Path, runs: dict[str, list[Record]], title: str) -> None:
         plt.close(figure)
 
 
+def save_curves(path: Path, tasks: dict[str, dict[str, list[Record]]]) -> Path:
+    """One panel per task with the validation loss of every method."""
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(6 * columns, 4.5 * rows), layout="constrained", squeeze=False
+        )
+        for axes in list(grid.flat)[len(tasks) :]:
+            axes.remove()
+        for axes, (title, runs) in zip(grid.flat, tasks.items(), strict=False):
+            curves = {name: _validation(records) for name, records in runs.items()}
+            ends = [values[:, -1] for _, values in curves.values() if values.size]
+            axes.set(title=title, xlabel="training step", ylabel="validation loss")
+            if (
+                ends
+                and max(map(np.max, ends)) > 0
+                and np.max([v.max() for _, v in curves.values()]) > 20 * np.min(ends)
+            ):
+                axes.set_yscale("log")
+            _panel(axes, curves, marker="o")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+    return path
+
+
 def _training(records: Sequence[Record]) -> Curve:
     curves = _longest(
         [list(accumulate((step.loss for step in record.steps), _running_mean)) for record in records]

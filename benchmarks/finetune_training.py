@@ -24,7 +24,6 @@ from stiefelopt import RiemannianWrapper
 BLOCK = 5  # steps of one method before it is the next one's turn
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 START_BATCHES = 2  # that a method may look at before its first step (locally optimal initialization)
-VALIDATIONS = 4  # evaluations on the validation part, evenly over a run
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Plan:
     steps: int
     batch_size: int
     device: str = "cpu"
+    validations: int = 4  # evaluations on the validation part, evenly over a run
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ def train_in_turn(runs: Sequence[Run], after_step: Callable[[Run], None]) -> Non
 def advance(run: Run, after_step: Callable[[Run], None]) -> None:
     """One block of steps, with the validations that fall into it."""
     steps = run.plan.steps
-    validations = {round(steps * k / VALIDATIONS) for k in range(1, VALIDATIONS + 1)}
+    count = run.plan.validations
+    validations = {round(steps * k / count) for k in range(1, count + 1)}
     for _ in range(BLOCK):
         if run.done:
             return
