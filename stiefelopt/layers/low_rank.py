@@ -259,14 +259,15 @@ class LowRankLinear(nn.Module):
         own = [
             None if t is None else torch.empty_like(f) for t, f in zip(saved, (self.U, self.V), strict=True)
         ]
-        if prefix + "base.weight" in state_dict:
+        adapter = all(prefix + name in state_dict for name in self.FACTORS)
+        if prefix + "base.weight" in state_dict and (adapter or self.folds):
             self.unmerge()
             self._kept.clear()
             self.U0, self.V0 = own
             if own[0] is not None:
                 metadata: Mapping[str, Any] = args[0] if args else kwargs["local_metadata"]
                 self.folds = metadata.get("folds", self.folds)
-        elif all(prefix + name in state_dict for name in self.FACTORS):
+        elif adapter:
             fits = [t is None or o is None or t.shape == o.shape for t, o in zip(saved, own, strict=True)]
             self._correct(*(t if t is None else t.to(self.U) for t in (saved if all(fits) else own)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -41,7 +41,9 @@ class _LowRankUpdate(torch.autograd.Function):
         r = s.shape[0]
         rows = h.reshape(-1, h.shape[-1])
         z = rows @ _beside(v, v0)
-        ctx.save_for_backward(h, z[:, :r], u, s, v, u0, v0)
+        # S, V and V0 are for dL/dh alone.
+        behind = (s, v, v0) if ctx.needs_input_grad[1] else (None, None, None)
+        ctx.save_for_backward(h, z[:, :r], u, u0, *behind)
         ctx.scale = scale
         mixed = z[:, :r] @ (scale * s).mT
         if u0 is not None:
@@ -60,14 +62,13 @@ class _LowRankUpdate(torch.autograd.Function):
         with torch.no_grad():
             grads = _LowRankUpdate._gradients(ctx, dy)
         if torch.is_grad_enabled():  # create_graph=True
-            h, _, u, s, v, _, _ = ctx.saved_tensors
-            grads = _NotTwice.apply(h, u, s, v, *grads)
+            grads = _NotTwice.apply(len(ctx.saved_tensors), *ctx.saved_tensors, *grads)
         return dy, *grads, None, None, None
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, z, u, s, v, u0, v0 = ctx.saved_tensors
-        r = s.shape[0]
+        h, z, u, u0, s, v, v0 = ctx.saved_tensors
+        r = u.shape[1]
         rows = dy.reshape(-1, dy.shape[-1]).to(h.dtype)
         inner = ctx.scale * (rows @ _beside(u, u0))
         own = inner[:, :r]
@@ -84,13 +85,11 @@ class _LowRankUpdate(torch.autograd.Function):
 
 
 class _NotTwice(torch.autograd.Function):
-    """The gradients of `_LowRankUpdate` as functions of h, U, S, V that refuse to be differentiated."""
+    """The gradients of `_LowRankUpdate` as functions of what they are made of, that refuse to be differentiated."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, u: Tensor, s: Tensor, v: Tensor, *grads: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        return grads
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[count:]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
