@@ -184,7 +184,7 @@ def test_riemannion_on_layers_is_the_same_rendering() -> None:
     alpha = 6.0
     layer = RiemannLoRALinear(nn.Linear(IN, OUT, dtype=torch.float64), R, alpha, scale=0.7)
     inputs, target = torch.randn(40, IN, dtype=torch.float64), torch.randn(40, OUT, dtype=torch.float64)
-    base, bias = layer.base.weight.detach().clone(), layer.bias
+    base, bias = layer.weight.detach().clone(), layer.bias
     assert bias is not None
     start = (layer.U @ layer.S @ layer.V.T).detach().numpy()
 

@@ -201,15 +201,13 @@ class LowRankLinear(nn.Module):
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
         """Take scale u v^T out of the original base weight, in place of what was taken out before."""
         self.unmerge()
-        before = self._correction()
         if "original" in self._kept:
             self.base.weight = self._kept.pop("original")
-        elif before is not None and self.folds:  # loaded corrected, by nn.Module.load_state_dict
+        elif self.folds and (before := self._correction()) is not None:  # loaded by nn.Module.load_state_dict
             self._replace_weight(before)
         self.U0 = None if u is None else u.detach().clone()
         self.V0 = None if v is None else v.detach().clone()
-        after = self._correction()
-        if after is not None and self.folds:
+        if self.folds and (after := self._correction()) is not None:
             self._kept["original"] = self._replace_weight(-after)
 
     # State

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
-from .low_rank import LowRankLinear
+from .low_rank import LowRankLinear, linear_sizes
 
 INITS = ("random", "loi")
 CORRECTIONS = ("fold", "keep", "none")
@@ -161,12 +161,13 @@ class RiemannLoRALinear(LowRankLinear):
                 f"correction is {correction!r}; use one of {', '.join(map(repr, CORRECTIONS))}."
             )
         check_scale(scale)
-        super().__init__(base, r, alpha, dropout=dropout, use_rslora=use_rslora)
-        exact = self.weight.dtype not in HALF
+        linear_sizes(base)
+        exact = base.weight.dtype not in HALF
         if correction == "fold" and not exact:
             raise ConfigError(
-                f"correction='fold' rounds away in a {self.weight.dtype} base weight; use 'keep', the default there."
+                f"correction='fold' rounds away in a {base.weight.dtype} base weight; use 'keep', the default there."
             )
+        super().__init__(base, r, alpha, dropout=dropout, use_rslora=use_rslora)
         self.init, self.start = init, 0.01 / math.sqrt(r) if scale is None else float(scale)
         self.correction = correction or ("fold" if exact else "keep")
         self.folds = self.correction == "fold"

@@ -20,7 +20,12 @@ class Riemannion(RiemannianWrapper):
     The raw momentum M <- momentum P(M) + grad is carried from tangent space to tangent space; its nonzero singular
     values, at most 2r of them, are set to 1, the result is projected to the tangent space again, and the step is
     W+ = R(W, -lr (direction + weight_decay W)). All of it is algebra of 2r x 2r matrices. Loss scale does not matter.
-    On Stiefel groups likewise (compare SPEL and Manifold Muon). Groups without a manifold are stepped by AdamW.
+    Groups without a manifold are stepped by AdamW.
+
+    On Stiefel groups the direction is the orthogonal factor of the tangent momentum, projected. SPEL, msign(x - lr
+    msign(m)), is the same but for where it projects, if m is tangent; with m an ambient momentum its last msign takes
+    back what points along x, and on a leading-subspace problem it was far behind. Manifold Muon solves for the best
+    tangent direction of spectral norm 1 by dual ascent; where x^T g is symmetric that is ours.
 
     Args:
         groups: as from `stiefelopt.param_groups`, which may set ``lr`` for each group.
