@@ -248,13 +248,13 @@ def test_momentum_of_any_condition_in_float64() -> None:
     x, _, _ = problem()
     generator = torch.Generator().manual_seed(4)
     options: dict[str, Any] = {"dtype": torch.float64, "generator": generator}
-    falling = torch.tensor([1.0, 1e-2, 1e-4, 1e-5], dtype=torch.float64)
+    falling = torch.tensor([1.0, 1e-4, 1e-5, 1e-5], dtype=torch.float64)
     g = torch.randn(OUT, 4, **options) @ falling.diag() @ torch.randn(4, IN, **options)
     params = triple(x)
     ours = walk(Riemannion([group_of(params)], lr=LR, momentum=0.0), params, lambda w: (w * g).sum(), steps=1)
     start = FixedRank().to_dense(x).numpy()
     expected = truncate(start - LR * project(start, orthogonalize(project(start, g.numpy()))))
-    assert farthest(ours, [expected]) < 1e-6
+    assert farthest(ours, [expected]) < 1e-5
 
 
 def test_a_zero_gradient_and_a_zero_rate_move_no_bit() -> None:
