@@ -137,10 +137,12 @@ def param_groups(
         Groups, none of them empty.
 
     Raises:
-        ConfigError: nothing to train, or one shared parameter declared in two ways.
+        ConfigError: nothing to train, a fixed-rank point frozen in part, or one shared parameter declared in two ways.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"an nn.Module is needed, got {type(model).__name__}; pass the model.")
+    if trainable_only:
+        _check_whole(model)
     groups: list[dict[str, Any]] = []
     index: dict[str, dict[str, Any]] = {}
     seen: dict[int, str] = {}
@@ -163,6 +165,20 @@ def param_groups(
             "pass trainable_only=False."
         )
     return groups
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuse a point of which some factors are frozen: it moves as a whole or not at all."""
+    for prefix, module in model.named_modules():
+        factors = {
+            leaf: module._parameters.get(leaf) for leaf, k in declared(module).items() if _is_fixed_rank(k)
+        }
+        frozen = [leaf for leaf, p in factors.items() if p is not None and not p.requires_grad]
+        if frozen and len(frozen) < len(factors):
+            raise ConfigError(
+                f"{prefix or type(module).__name__} has {', '.join(frozen)} frozen and trains the rest of its "
+                f"{', '.join(factors)}, which move as one point: set requires_grad of all three, or of none."
+            )
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:

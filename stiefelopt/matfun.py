@@ -168,11 +168,15 @@ def symmetric_root(h: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
 
 
-def inverse_symmetric_root(h: Tensor) -> Tensor:
-    """The pseudo-inverse of h^(1/2): directions whose eigenvalue is below rounding stay zero."""
+def inverse_symmetric_root(h: Tensor, eps: float) -> Tensor:
+    """The pseudo-inverse of h^(1/2): directions whose eigenvalue is below rounding stay zero.
+
+    Args:
+        h: (*b, p, p), a Gram, symmetric positive semidefinite.
+        eps: of the precision that the Gram was computed in; an eigenvalue counts from that part of the largest on.
+    """
     values, vectors = torch.linalg.eigh(h)
-    # Grams of float32 matrices hold about 1e-7 of their largest eigenvalue.
-    kept = values > 1e-7 * values[..., -1:].clamp_min(torch.finfo(h.dtype).tiny)
+    kept = values > eps * values[..., -1:].clamp_min(torch.finfo(h.dtype).tiny)
     inverse = torch.where(kept, values, torch.ones_like(values)).rsqrt() * kept
     return (vectors * inverse[..., None, :]) @ vectors.mT
 

@@ -122,18 +122,19 @@ def orthographic(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     return Coefficients(tu, inverse @ tu, s, tv, inverse.mT @ tv)
 
 
-def spectral(m: Tensor, hu: Tensor, hv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def spectral(m: Tensor, hu: Tensor, hv: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The tangent part of a tangent vector's orthogonal factor: M', and a, b with Up' = Up a and Vp' = Vp b.
 
-    Singular values at rounding level, which a zero or dependent direction leaves, stay zero.
+    Singular values at rounding level, which a zero or dependent direction leaves, stay zero: below sqrt(eps) of the
+    largest in Up and Vp, whose Grams hu, hv were computed with a rounding of eps.
     """
     r = m.shape[-1]
     roots = symmetric_root(torch.cat((hu, hv)))
-    inverses = inverse_symmetric_root(torch.cat((hu, hv)))
+    inverses = inverse_symmetric_root(torch.cat((hu, hv)), eps)
     ru, rv = roots[: len(hu)], roots[len(hu) :]
     core = torch.cat((torch.cat((m, rv), -1), torch.cat((ru, torch.zeros_like(m)), -1)), -2)
     k, d, lh = torch.linalg.svd(core)
-    kept = d > 1e-7 * d[..., :1].clamp_min(torch.finfo(d.dtype).tiny)
+    kept = d > eps * d[..., :1].clamp_min(torch.finfo(d.dtype).tiny)
     sign = (k * kept[..., None, :]) @ lh
     return (
         sign[..., :r, :r],

@@ -18,9 +18,13 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import stiefelopt
 from stiefelopt import (
+    BlockAdam,
     ConfigError,
+    FixedRank,
     NotOnManifoldError,
     RiemannianWrapper,
+    Riemannion,
+    RiemannLoRALinear,
     ShapeError,
     StelLALinear,
     StepError,
@@ -34,6 +38,7 @@ from stiefelopt import (
     export_lora,
     import_lora,
     load_adapter_state_dict,
+    loi_init,
     manifolds,
     merge_adapters,
     metrics,
@@ -84,6 +89,7 @@ class World:
             }
         )
         self.adapted = nn.Sequential(StelLALinear(nn.Linear(6, 5), 2), nn.Linear(5, 5))
+        self.riemann = nn.Sequential(RiemannLoRALinear(nn.Linear(6, 5), 2), nn.Linear(5, 5))
         self.watched: list[Any] = []
 
     def watch(self, thing: Any) -> Any:
@@ -346,6 +352,22 @@ ON_GROUPS: dict[str, Case] = {
 }
 
 ON_WRAPPING: dict[str, Case] = {
+    "Riemannion on one tensor": Case(
+        ConfigError, r"list of parameters", r"param_groups\(model\)", lambda w: Riemannion(w.point)
+    ),
+    "Riemannion on nothing": Case(ConfigError, r"empty list", r"param_groups", lambda w: Riemannion([])),
+    "Riemannion with a momentum of 1": Case(
+        ConfigError, r"momentum is 1", r"\[0, 1\)", lambda w: Riemannion([w.point], momentum=1)
+    ),
+    "Riemannion on two of three factors": Case(
+        ConfigError,
+        r"lists 2 parameters",
+        r"triples U, S, V",
+        lambda w: Riemannion([{"params": [w.point, w.other], "manifold": FixedRank()}]),
+    ),
+    "BlockAdam with a beta of 1": Case(
+        ConfigError, r"betas=\(1\.0, 0\.9\)", r"\[0, 1\)", lambda w: BlockAdam([w.point], betas=(1.0, 0.9))
+    ),
     "an optimizer's class": Case(ConfigError, r"class AdamW", r"instance.*AdamW\(", lambda w: wrap(AdamW)),
     "no optimizer": Case(
         ConfigError, r"Linear", r"torch\.optim\.Optimizer", lambda w: wrap(w.module["query"])
@@ -746,6 +768,79 @@ ON_LAYERS: dict[str, Case] = {
         r"requires_grad_",
         lambda m: param_groups(m),
         lambda w: w.module["query"].requires_grad_(False),
+    ),
+    "a point frozen in part": Case(
+        ConfigError,
+        r"'?0'? has S frozen",
+        r"requires_grad of all three",
+        lambda m: param_groups(m),
+        lambda w: (w.riemann[0].S.requires_grad_(False), w.riemann)[1],
+    ),
+    "a learning rate for S alone": Case(
+        ConfigError, r"scale_lr.*FixedRank", r"manifold_lr", lambda w: param_groups(w.riemann, scale_lr=0.1)
+    ),
+    "an unknown correction": Case(
+        ConfigError,
+        r"correction is 'folded'",
+        r"'fold', 'keep', 'none'",
+        lambda w: adapt(
+            w.module, RiemannLoRALinear, target_modules=["query"], r=2, correction="folded", reference_dim=6
+        ),
+    ),
+    "an init of the other layer": Case(
+        ConfigError,
+        r"init is 'pseudo-zero'",
+        r"'random', 'loi'",
+        lambda w: RiemannLoRALinear(w.module["query"], 2, init="pseudo-zero"),
+    ),
+    "a start without rank": Case(
+        ConfigError,
+        r"scale is 0",
+        r"other than 0",
+        lambda w: RiemannLoRALinear(w.module["query"], 2, scale=0),
+    ),
+    "folding into half precision": Case(
+        ConfigError,
+        r"'fold'.*bfloat16",
+        r"'keep'",
+        lambda base: RiemannLoRALinear(base, 2, correction="fold"),
+        lambda w: w.module["query"].bfloat16(),
+    ),
+    "half of a correction": Case(
+        ConfigError,
+        r"V0 is missing",
+        r"together",
+        lambda w: load_adapter_state_dict(
+            w.riemann, {k: t for k, t in adapter_state_dict(w.riemann).items() if k != "0.V0"}
+        ),
+    ),
+    "loi_init of the other layer": Case(
+        ConfigError,
+        r"no RiemannLoRALinear",
+        r"adapt\(",
+        lambda w: loi_init(w.adapted, lambda: w.adapted(torch.ones(2, 6)).sum()),
+    ),
+    "loi_init of a number": Case(
+        ConfigError,
+        r"scalar loss with its graph",
+        r"no \.item\(\)",
+        lambda w: loi_init(
+            w.riemann, lambda: w.riemann(torch.ones(2, 6)).sum().item(), generator=torch.Generator()
+        ),
+    ),
+    "loi_init at zero": Case(
+        ConfigError,
+        r"scale is 0\.0",
+        r"other than 0",
+        lambda w: loi_init(w.riemann, lambda: w.riemann(torch.ones(2, 6)).sum(), scale=0.0),
+    ),
+    "loi_init on NaN": Case(
+        StepError,
+        r"gradient at 0 is not finite",
+        r"the loss and the batch",
+        lambda w: loi_init(
+            w.riemann, lambda: w.riemann(torch.ones(2, 6)).sum() * math.nan, generator=torch.Generator()
+        ),
     ),
     "param_groups of a list": Case(
         ConfigError,

@@ -1,4 +1,4 @@
-"""StelLALinear with every option, and adapt / merge_adapters on whole models."""
+"""StelLALinear with every option, what RiemannLoRALinear shares with it, and adapt / merge_adapters on whole models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from stiefelopt import (
     ConfigError,
     RiemannianWrapper,
+    RiemannLoRALinear,
     StelLALinear,
     Stiefel,
     adapt,
@@ -29,8 +30,22 @@ from stiefelopt import (
 torch.set_num_threads(1)
 
 INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
+# RiemannLoRALinear with each of its corrections, by the same name.
+CORRECTIONS = ("fold", "keep", "none")
 every_init = pytest.mark.parametrize("init", INITS)
 both_shapes_of_s = pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])
+# Both layers, however they start.
+every_layer = pytest.mark.parametrize(
+    ("init", "diagonal"),
+    [
+        *(pytest.param(i, d, id=f"{i}-{'diagonal' if d else 'full'}") for i in INITS for d in (False, True)),
+        *(pytest.param(c, False, id=c) for c in CORRECTIONS),
+    ],
+)
+every_start = pytest.mark.parametrize("init", [*INITS, *CORRECTIONS])
+# A half-precision base takes no fold.
+every_start_in_half = pytest.mark.parametrize("init", [*INITS, "keep", "none"])
+corrected = ("pseudo-zero", "fold", "keep")
 OUT, IN, R = 7, 10, 3
 
 
@@ -91,12 +106,23 @@ every_base = pytest.mark.parametrize("make", BASES.values(), ids=list(BASES))
 
 
 def layer_on(
-    base: nn.Module, r: int = R, alpha: float | None = 4.0, *, seed: int = 5, **options: Any
-) -> StelLALinear:
-    return StelLALinear(base, r, alpha, generator=torch.Generator().manual_seed(seed), **options)
+    base: nn.Module,
+    r: int = R,
+    alpha: float | None = 4.0,
+    *,
+    seed: int = 5,
+    init: str = "random",
+    **options: Any,
+) -> Any:
+    """StelLALinear with that init, or RiemannLoRALinear with that correction."""
+    generator = torch.Generator().manual_seed(seed)
+    if init in CORRECTIONS:
+        options.pop("diagonal", None)
+        return RiemannLoRALinear(base, r, alpha, correction=init, scale=0.8, generator=generator, **options)
+    return StelLALinear(base, r, alpha, init=init, generator=generator, **options)
 
 
-def trained(layer: StelLALinear, seed: int = 9) -> StelLALinear:
+def trained(layer: Any, seed: int = 9) -> Any:
     """Factors as after training: U, V other points, S anything."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -110,10 +136,11 @@ def inputs(*batch: int, dtype: torch.dtype = torch.float32, seed: int = 3) -> Te
     return torch.randn(*batch, IN, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def dense_update(layer: StelLALinear) -> Tensor:
-    """scale U S V^T, written out."""
+def dense_update(layer: Any) -> Tensor:
+    """scale U S V^T, written out, with what lies beside it."""
     s = layer.S.detach().diag() if layer.S.ndim == 1 else layer.S.detach()
-    return layer.scale * layer.U.detach() @ s @ layer.V.detach().T
+    update = layer.U.detach() @ s @ layer.V.detach().T
+    return layer.scale * (update if layer.folds or layer.U0 is None else update - layer.U0 @ layer.V0.T)
 
 
 def weight_of(base: Any) -> Tensor:
@@ -130,8 +157,7 @@ def assert_near(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
 
 
 @every_base
-@every_init
-@both_shapes_of_s
+@every_layer
 def test_it_computes_what_the_formula_says(make: Callable[[], Any], init: str, diagonal: bool) -> None:
     base = make()
     layer = trained(layer_on(base, init=init, diagonal=diagonal))
@@ -171,8 +197,7 @@ def test_gradients_are_those_of_the_function(diagonal: bool) -> None:
 
 
 @every_base
-@every_init
-@both_shapes_of_s
+@every_layer
 def test_the_factors_are_what_the_page_says(make: Callable[[], Any], init: str, diagonal: bool) -> None:
     base = make()
     layer = layer_on(base, init=init, diagonal=diagonal)
@@ -251,7 +276,7 @@ def test_the_random_init_is_haar_like() -> None:
     assert abs(torch.stack([(d.U[:, 0].sum() * d.V[:, 0].sum()).detach() for d in draws]).mean()) < 0.3
 
 
-@every_init
+@every_start
 def test_a_generator_makes_it_reproducible_and_spares_the_global_one(init: str) -> None:
     state = torch.get_rng_state()
     bases = [linear(), linear(), linear()]
@@ -275,8 +300,7 @@ def test_without_a_generator_the_global_seed_decides() -> None:
 
 
 @every_base
-@every_init
-@both_shapes_of_s
+@every_layer
 def test_reset_parameters_starts_again(make: Callable[[], Any], init: str, diagonal: bool) -> None:
     base = make()
     x = inputs(5, dtype=base.weight.dtype)
@@ -289,7 +313,7 @@ def test_reset_parameters_starts_again(make: Callable[[], Any], init: str, diago
     for name in ("U", "S", "V"):
         assert_near(getattr(layer, name).detach(), getattr(reference, name).detach(), 1e-6)
     assert_near(layer(x).detach(), reference(x).detach(), 1e-5)
-    if init != "pseudo-zero":
+    if init not in ("pseudo-zero", "fold"):
         assert torch.equal(weight_of(base), original)
 
 
@@ -347,7 +371,7 @@ def test_reference_dim_is_stored_and_reaches_the_groups(given: int | None, store
 
 
 @pytest.mark.parametrize("r", [1, OUT])
-@every_init
+@every_start
 def test_the_smallest_and_the_largest_rank(r: int, init: str) -> None:
     layer = layer_on(linear(), r, init=init)
     wrapper = RiemannianWrapper(AdamW(param_groups(layer, lr=1e-2)))
@@ -371,7 +395,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@every_init
+@every_start_in_half
 def test_a_half_base_has_float32_factors(dtype: torch.dtype, init: str) -> None:
     base = linear(dtype)
     layer = trained(layer_on(base, init=init))
@@ -397,7 +421,7 @@ def test_a_half_base_has_float32_factors(dtype: torch.dtype, init: str) -> None:
     ],
     ids=["half", "bfloat16", "to", "to dtype="],
 )
-@pytest.mark.parametrize("init", ["random", "pseudo-zero"])
+@pytest.mark.parametrize("init", ["random", "pseudo-zero", *CORRECTIONS])
 def test_half_and_bfloat16_leave_the_factors_alone(
     to_half: Callable[[nn.Module], nn.Module], init: str
 ) -> None:
@@ -471,8 +495,7 @@ def test_merging_and_exporting_inside_autocast_rounds_nothing(init: str, dtype: 
 
 
 @every_base
-@every_init
-@both_shapes_of_s
+@every_layer
 def test_merge_and_unmerge(make: Callable[[], Any], init: str, diagonal: bool) -> None:
     base = make()
     x = inputs(5, dtype=base.weight.dtype)
@@ -523,12 +546,11 @@ def test_merged_in_float32_and_cast_to_half_is_unmerged_to_the_casted_original()
 
 
 @every_base
-@every_init
-@both_shapes_of_s
+@every_layer
 def test_to_lora_is_the_net_change(make: Callable[[], Any], init: str, diagonal: bool) -> None:
     layer = trained(layer_on(make(), init=init, diagonal=diagonal))
     a, b = layer.to_lora()
-    k = 2 * R if init == "pseudo-zero" else R
+    k = 2 * R if init in corrected else R
     assert (a.shape, b.shape) == ((k, IN), (OUT, k))
     assert a.is_contiguous()
     assert b.is_contiguous()
@@ -539,8 +561,7 @@ def test_to_lora_is_the_net_change(make: Callable[[], Any], init: str, diagonal:
     assert layer.U.abs().max() > 0  # copies, not views
 
 
-@every_init
-@both_shapes_of_s
+@every_layer
 def test_conv1d_is_the_linear_with_the_transposed_weight(init: str, diagonal: bool) -> None:
     ours, twin = (layer_on(b, init=init, diagonal=diagonal) for b in (conv1d(), linear()))
     x = inputs(2, 5)
@@ -608,7 +629,7 @@ def test_a_base_that_is_not_linear_is_refused_and_left_trainable(make: Callable[
 # Copies and state
 
 
-@every_init
+@every_start
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_deep_copy_is_independent_and_complete(init: str, merged: bool) -> None:
     layer = trained(layer_on(linear(), init=init, reference_dim=77))
@@ -624,7 +645,8 @@ def test_a_deep_copy_is_independent_and_complete(init: str, merged: bool) -> Non
     assert_near(twin(x).detach(), y)
     twin.unmerge()
     assert torch.equal(weight_of(twin.base), started)
-    assert [g["reference_dim"] for g in param_groups(twin) if "manifold" in g] == [77]
+    declared = [g.get("reference_dim", g.get("gradient")) for g in param_groups(twin) if "manifold" in g]
+    assert declared == ["projected" if init in CORRECTIONS else 77]
 
 
 def through_a_file(state: Any) -> Any:

@@ -214,9 +214,5 @@ def _factors(b: Tensor, a: Tensor, layer: LowRankLinear) -> dict[str, Tensor]:
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(rb @ ra.T)
-    s = s / layer.scale
-    return {
-        "U": (qb @ u).to(layer.U),
-        "S": (s if layer.diagonal else s.diag()).to(layer.S),
-        "V": (qa @ vh.T).to(layer.V),
-    }
+    state = layer.factors_from(qb @ u, s / layer.scale, qa @ vh.T)
+    return {name: t.to(layer.U) for name, t in state.items()}

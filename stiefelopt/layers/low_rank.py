@@ -205,18 +205,20 @@ class LowRankLinear(nn.Module):
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
         """Take scale u v^T out of the original base weight, in place of what was taken out before."""
         self.unmerge()
-        before = self._correction()
         if "original" in self._kept:
             self.base.weight = self._kept.pop("original")
-        elif before is not None and self.folds:  # loaded corrected, by nn.Module.load_state_dict
+        elif self.folds and (before := self._correction()) is not None:  # loaded by nn.Module.load_state_dict
             self._replace_weight(before)
         self.U0 = None if u is None else u.detach().clone()
         self.V0 = None if v is None else v.detach().clone()
-        after = self._correction()
-        if after is not None and self.folds:
+        if self.folds and (after := self._correction()) is not None:
             self._kept["original"] = self._replace_weight(-after)
 
     # State
+
+    def factors_from(self, u: Tensor, s: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """The state whose update is scale u diag(s) v^T, for `load_factors`."""
+        return {"U": u, "S": s if self.diagonal else s.diag(), "V": v}
 
     def check_factors(self, state: Mapping[str, Tensor], layer: str = "the layer") -> None:
         """Refuse factors of other shapes, or half of a correction."""
@@ -251,12 +253,25 @@ class LowRankLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """A whole-model state carries the corrected base weight itself: take U0 and V0 as they come."""
-        for name in ("U0", "V0"):
-            saved = state_dict.get(prefix + name)
-            setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.U.device))
-        self.unmerge()
-        self._kept.clear()
+        """A whole-model state carries the base weight as it was corrected: take U0 and V0 as they come.
+
+        One without the base weight (strict=False) is an adapter's alone: correct the weight that is here.
+        """
+        saved = [state_dict.get(prefix + name) for name in ("U0", "V0")]
+        own = [
+            None if t is None else torch.empty_like(f) for t, f in zip(saved, (self.U, self.V), strict=True)
+        ]
+        adapter = all(prefix + name in state_dict for name in self.FACTORS)
+        if prefix + "base.weight" in state_dict and (adapter or self.folds):
+            self.unmerge()
+            self._kept.clear()
+            self.U0, self.V0 = own
+            if own[0] is not None:
+                metadata: Mapping[str, Any] = args[0] if args else kwargs["local_metadata"]
+                self.folds = metadata.get("folds", self.folds)
+        elif adapter:
+            fits = [t is None or o is None or t.shape == o.shape for t, o in zip(saved, own, strict=True)]
+            self._correct(*(t if t is None else t.to(self.U) for t in (saved if all(fits) else own)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -278,9 +293,13 @@ class LowRankLinear(nn.Module):
         return f"r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, diagonal={self.diagonal}, merged={self.merged}"
 
 
-def _save_unmerged(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    """A state holds the base weight without the update, whose factors it holds beside it."""
+def _save_unmerged(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """A state holds the base weight without the update, whose factors it holds beside it.
+
+    Its metadata, which torch.save keeps, says whether that weight has the correction in it.
+    """
     assert isinstance(module, LowRankLinear)
+    metadata["folds"] = module.folds
     if module.merged:
         state[prefix + "base.weight"] = module._kept["unmerged"].detach()
 

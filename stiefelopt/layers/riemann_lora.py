@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
-from .low_rank import LowRankLinear
+from .low_rank import LowRankLinear, linear_sizes
 
 INITS = ("random", "loi")
 CORRECTIONS = ("fold", "keep", "none")
@@ -42,7 +41,9 @@ class _LowRankUpdate(torch.autograd.Function):
         r = s.shape[0]
         rows = h.reshape(-1, h.shape[-1])
         z = rows @ _beside(v, v0)
-        ctx.save_for_backward(h, z[:, :r], u, s, v, u0, v0)
+        # S, V and V0 are for dL/dh alone.
+        behind = (s, v, v0) if ctx.needs_input_grad[1] else (None, None, None)
+        ctx.save_for_backward(h, z[:, :r], u, u0, *behind)
         ctx.scale = scale
         mixed = z[:, :r] @ (scale * s).mT
         if u0 is not None:
@@ -57,10 +58,17 @@ class _LowRankUpdate(torch.autograd.Function):
         return out.reshape(y.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, z, u, s, v, u0, v0 = ctx.saved_tensors
-        r = s.shape[0]
+        with torch.no_grad():
+            grads = _LowRankUpdate._gradients(ctx, dy)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _NotTwice.apply(len(ctx.saved_tensors), *ctx.saved_tensors, *grads)
+        return dy, *grads, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, z, u, u0, s, v, v0 = ctx.saved_tensors
+        r = u.shape[1]
         rows = dy.reshape(-1, dy.shape[-1]).to(h.dtype)
         inner = ctx.scale * (rows @ _beside(u, u0))
         own = inner[:, :r]
@@ -73,11 +81,34 @@ class _LowRankUpdate(torch.autograd.Function):
             if u0 is not None:
                 mixed = torch.cat((mixed, -inner[:, r:]), -1)
             dh = (mixed @ _beside(v, v0).mT).reshape(h.shape)
-        return dy, dh, gu, gs, gv, None, None, None
+        return dh, gu, gs, gv
+
+
+class _NotTwice(torch.autograd.Function):
+    """The gradients of `_LowRankUpdate` as functions of what they are made of, that refuse to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[count:]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise ConfigError(
+            "RiemannLoRALinear is differentiable once: its gradients G V, U^T G V, G^T U are no derivatives of a "
+            "function. Use StelLALinear where a loss contains gradients, or merge() what is only to be differentiated."
+        )
 
 
 def _beside(a: Tensor, b: Tensor | None) -> Tensor:
     return a if b is None else torch.cat((a, b), -1)
+
+
+def check_scale(scale: object) -> None:
+    """Refuse what is no start S = scale I."""
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < abs(scale) < math.inf):
+        raise ConfigError(
+            f"scale is {scale!r}; a finite number other than 0 is needed: a point of rank r has no zero S."
+        )
 
 
 class RiemannLoRALinear(LowRankLinear):
@@ -129,16 +160,14 @@ class RiemannLoRALinear(LowRankLinear):
             raise ConfigError(
                 f"correction is {correction!r}; use one of {', '.join(map(repr, CORRECTIONS))}."
             )
-        if scale is not None and not (isinstance(scale, (int, float)) and 0 < abs(scale) < math.inf):
-            raise ConfigError(
-                f"scale is {scale!r}; a finite number other than 0 is needed: a point of rank r has no zero S."
-            )
-        super().__init__(base, r, alpha, dropout=dropout, use_rslora=use_rslora)
-        exact = self.weight.dtype not in HALF
+        check_scale(scale)
+        linear_sizes(base)
+        exact = base.weight.dtype not in HALF
         if correction == "fold" and not exact:
             raise ConfigError(
-                f"correction='fold' rounds away in a {self.weight.dtype} base weight; use 'keep', the default there."
+                f"correction='fold' rounds away in a {base.weight.dtype} base weight; use 'keep', the default there."
             )
+        super().__init__(base, r, alpha, dropout=dropout, use_rslora=use_rslora)
         self.init, self.start = init, 0.01 / math.sqrt(r) if scale is None else float(scale)
         self.correction = correction or ("fold" if exact else "keep")
         self.folds = self.correction == "fold"
@@ -167,11 +196,21 @@ class RiemannLoRALinear(LowRankLinear):
         """Start at scale u v^T, u (out, r) and v (in, r) orthonormal; the function is the base's, but with "none"."""
         self.start = self.start if scale is None else scale
         self._correct(None, None)
+        self.folds = self.correction == "fold"  # a loaded state may have been the other way
         self.U.copy_(u)
         self.V.copy_(v)
         self.S.copy_(self.start * torch.eye(self.r, dtype=self.S.dtype, device=self.S.device))
         if self.correction != "none":
             self._correct(self.start * self.U, self.V)
+
+    def factors_from(self, u: Tensor, s: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """As in the base class; where rank is missing, S gets the start's size and the correction takes it out."""
+        present = s > 1e-6 * s.max()
+        raised = torch.where(present, s, torch.full_like(s, abs(self.start)))
+        state = super().factors_from(u, raised, v)
+        if self.correction != "none" and not bool(present.all()):
+            state.update(U0=u * (raised - s), V0=v)
+        return state
 
     def check_factors(self, state: Any, layer: str = "the layer") -> None:
         """As in the base class; a correction that this layer would leave out is refused."""
@@ -183,7 +222,8 @@ class RiemannLoRALinear(LowRankLinear):
 
     def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
         dtype = h.dtype
-        if torch.is_autocast_enabled(h.device.type):
+        # Autocast leaves float64 alone.
+        if torch.is_autocast_enabled(h.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(h.device.type)
         pair = (None, None) if self.folds else (self.U0, self.V0)
         u, s, v, u0, v0 = (t if t is None else t.to(dtype) for t in (self.U, self.S, self.V, *pair))

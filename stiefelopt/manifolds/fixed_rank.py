@@ -289,7 +289,9 @@ class FixedRank(Manifold):
         r = x.s.shape[-1]
         us = combine(d.us, x.us, e[..., :r], alpha=-1.0)
         vs = combine(d.vs, x.vs, e[..., 2 * r :], alpha=-1.0)
-        m, up, vp = rank_retractions.spectral(d.s.double(), gram(us, us).double(), gram(vs, vs).double())
+        m, up, vp = rank_retractions.spectral(
+            d.s.double(), gram(us, us).double(), gram(vs, vs).double(), torch.finfo(x.s.dtype).eps
+        )
         rate = torch.cat([m.new_full((len(s),), lr) for s, lr in zip(xs[1::3], rates[1::3], strict=True)])
         m, up, vp = ((rate[:, None, None] * t).to(x.s.dtype) for t in (m, up, vp))
         _write(Factors(_times(us, up), m, _times(vs, vp)), ds)

@@ -20,7 +20,12 @@ class Riemannion(RiemannianWrapper):
     The raw momentum M <- momentum P(M) + grad is carried from tangent space to tangent space; its nonzero singular
     values, at most 2r of them, are set to 1, the result is projected to the tangent space again, and the step is
     W+ = R(W, -lr (direction + weight_decay W)). All of it is algebra of 2r x 2r matrices. Loss scale does not matter.
-    On Stiefel groups likewise (compare SPEL and Manifold Muon). Groups without a manifold are stepped by AdamW.
+    Groups without a manifold are stepped by AdamW.
+
+    On Stiefel groups the direction is the orthogonal factor of the tangent momentum, projected. SPEL, msign(x - lr
+    msign(m)), is the same but for where it projects, if m is tangent; with m an ambient momentum its last msign takes
+    back what points along x, and on a leading-subspace problem it was far behind. Manifold Muon solves for the best
+    tangent direction of spectral norm 1 by dual ascent; where x^T g is symmetric that is ours.
 
     Args:
         groups: as from `stiefelopt.param_groups`, which may set ``lr`` for each group.
@@ -108,8 +113,25 @@ class _HeavyBallAndAdamW(AdamW):
             return
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                # "step": AdamW asks every state for it.
+                self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, [p.grad for p in params])
-        torch._foreach_add_(params, buffers, alpha=-float(group["lr"]))
+        torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+        torch._foreach_add_(params, _steps(buffers, group))
+
+
+def _steps(buffers: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+    """What moves the parameters: -lr M, or for "spectral", which reads its direction alone, -M of unit norm.
+
+    A short step would be lost in the rounding of p + step, and the direction with it. One factor for each point.
+    """
+    if group.get("direction", "plain") == "plain":
+        return list(torch._foreach_mul(buffers, -float(group["lr"])))
+    parts = from_spec(group["manifold"]).parts
+    each = torch._foreach_norm(buffers)
+    norms = torch.stack([n.to(each[0]) for n in each]).view(-1, parts).norm(dim=1)
+    factors = -torch.where(norms > 0, norms, torch.ones_like(norms)).reciprocal()
+    pairs = zip(factors.repeat_interleave(parts), buffers, strict=True)
+    return list(torch._foreach_mul(buffers, [factor.to(b) for factor, b in pairs]))
