@@ -97,7 +97,9 @@ def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     core = torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2)
     k, d, lh = torch.linalg.svd(core)
     k1, l1, d = k[..., :r, :r], lh[..., :r, :r].mT, d[..., :r]
-    inverse = torch.where(d > 0, d, torch.ones_like(d)).reciprocal()[..., None, :]
+    # A singular value at rounding level has no direction to divide by; the rank is judged by the caller.
+    kept = d > torch.finfo(d.dtype).eps * d[..., :1]
+    inverse = (torch.where(kept, d, torch.ones_like(d)).reciprocal() * kept)[..., None, :]
     return Coefficients(k1, l1 * inverse, torch.diag_embed(d), l1, k1 * inverse)
 
 
@@ -109,7 +111,7 @@ def orthographic(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     (2015), section 3.2.
     """
     a, d, bh = torch.linalg.svd(c)
-    if host_can_look(c) and not bool((d[..., -1] * ORTHOGRAPHIC_LIMIT >= d[..., 0]).all()):
+    if host_can_look(c) and not bool((d[..., -1] * ORTHOGRAPHIC_LIMIT > d[..., 0]).all()):
         raise StepError(
             f"orthographic needs S + M with a condition number up to {ORTHOGRAPHIC_LIMIT:g}; lower the learning rate, "
             f"or use retraction='svd', which needs none"
@@ -169,7 +171,7 @@ def retract(
         algebra in float64: an SVD of 2r x 2r, two eigendecompositions and three SVDs of r x r.
     """
     sides = [_Side(x.us, d.us, reduce), _Side(x.vs, d.vs, reduce)]
-    c = (x.s + d.s).double()
+    c = x.s.double() + d.s.double()
     found = _small_part(retraction, c, sides, floor)
     eps = torch.finfo(x.s.dtype).eps
     if eps > torch.finfo(torch.float64).eps and _is_hard(found, sides, eps):

@@ -138,7 +138,8 @@ class FixedRank(Manifold):
     def to_dense(self, x: USV) -> Tensor:
         """W = U S V^T, (*b, m, n)."""
         x = _checked("x", x)
-        return x.U @ x.S @ x.V.mT
+        u, s, v = _lifted(x)
+        return (u @ s @ v.mT).to(x.U.dtype)
 
     def dim(self, *shape: int, rank: int) -> int:
         """Dimension of the manifold of (*b, m, n) matrices: (m + n - r) r for each."""
@@ -150,7 +151,7 @@ class FixedRank(Manifold):
     def project_tangent(self, x: USV, z: USV) -> USV:
         """(dU - U U^T dU, M, dV - V V^T dV): the orthogonal projection of coordinates (dU, M, dV)."""
         x, z = _checked("x", x, z=z)
-        return USV(z.U - x.U @ (x.U.mT @ z.U), z.S, z.V - x.V @ (x.V.mT @ z.V))
+        return _as_dtype(_tangent(_lifted(x), _lifted(z)), x.U.dtype)
 
     def project_dense(self, x: USV, z: Tensor) -> USV:
         """The tangent vector nearest to a dense (*b, m, n) z: M = U^T z V, Up = z V - U M, Vp = z^T U - V M^T."""
@@ -158,25 +159,33 @@ class FixedRank(Manifold):
         m, n = x.U.shape[-2], x.V.shape[-2]
         if not isinstance(z, Tensor) or z.shape != (*x.U.shape[:-2], m, n):
             raise ShapeError(f"z must be a dense tensor (*b, {m}, {n}) with the batch of the point.")
-        zv, ztu = z @ x.V, z.mT @ x.U
-        inner = x.U.mT @ zv
-        return USV(zv - x.U @ inner, inner, ztu - x.V @ inner.mT)
+        u, _, v = _lifted(x)
+        z = z.to(u.dtype)
+        zv, ztu = z @ v, z.mT @ u
+        inner = u.mT @ zv
+        return _as_dtype(USV(zv - u @ inner, inner, ztu - v @ inner.mT), x.U.dtype)
 
     def embed(self, x: USV, u: USV) -> Tensor:
         """The dense tangent matrix U M V^T + Up V^T + U Vp^T, (*b, m, n)."""
         x, u = _checked("x", x, u=u)
-        return (x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT
+        dtype = x.U.dtype
+        x, u = _lifted(x), _lifted(u)
+        return ((x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT).to(dtype)
 
     def random_tangent(self, x: USV, generator: torch.Generator | None = None) -> USV:
         """A tangent vector of unit norm."""
         x = _checked("x", x)
         source = x.U.device if generator is None else generator.device
+        lifted = _lifted(x)
         z = USV(
-            *(torch.randn(t.shape, dtype=t.dtype, device=source, generator=generator).to(t.device) for t in x)
+            *(
+                torch.randn(t.shape, dtype=t.dtype, device=source, generator=generator).to(t.device)
+                for t in lifted
+            )
         )
-        u = self.project_tangent(x, self.project_tangent(x, z))
-        size = self.norm(x, u)[..., None, None]
-        return USV(*(t / size for t in u))
+        u = _tangent(lifted, _tangent(lifted, z))
+        size = self.norm(lifted, u)[..., None, None]
+        return _as_dtype(USV(*(t / size for t in u)), x.U.dtype)
 
     def gradient(self, x: USV, egrad: USV) -> USV:
         """Riemannian gradient from the ordinary gradients of the three factors.
@@ -188,12 +197,14 @@ class FixedRank(Manifold):
         number of S. Layers that deliver G V and G^T U themselves (`RiemannLoRALinear`) need no inverse.
         """
         x, egrad = _checked("x", x, egrad=egrad)
-        return _unflatten(x, self._gradient(_flatten(x), _flatten(egrad), "factors"))
+        u = self._gradient(_flatten(x), _flatten(egrad), "factors")
+        return _unflatten(x, u._replace(s=u.s.clone()))
 
     def inner(self, x: USV, u: USV, v: USV) -> Tensor:
         """<u, v> = tr M^T M' + tr Up^T Up' + tr Vp^T Vp', the inner product of the dense matrices, (*b,)."""
         x, u, v = _checked("x", x, u=u, v=v)
-        return sum(((a * b).sum((-2, -1)) for a, b in zip(u, v, strict=True)), x.S.new_zeros(()))
+        pairs = zip(_lifted(u), _lifted(v), strict=True)
+        return torch.stack([(a * b).sum((-2, -1)) for a, b in pairs]).sum(0)
 
     def norm(self, x: USV, u: USV) -> Tensor:
         """Norm of a tangent vector, the Frobenius norm of the dense matrix, (*b,)."""
@@ -365,6 +376,19 @@ def _write(x: Factors, out: Tall) -> None:
     for t, o in zip(_stacks(x), out, strict=True):
         if t is not o:
             o.copy_(t)
+
+
+def _lifted(x: USV) -> USV:
+    """Half precision as float32."""
+    return _as_dtype(x, compute_dtype(x.U.dtype))
+
+
+def _as_dtype(x: USV, dtype: torch.dtype) -> USV:
+    return USV(*(t.to(dtype) for t in x))
+
+
+def _tangent(x: USV, z: USV) -> USV:
+    return USV(z.U - x.U @ (x.U.mT @ z.U), z.S.clone(), z.V - x.V @ (x.V.mT @ z.V))
 
 
 def _flatten(x: USV) -> Factors:
