@@ -34,6 +34,7 @@ from .retractions import close, normalize, polar
 ORTHOGRAPHIC_LIMIT = 1e4
 # Error of the Gram of U+, as the small algebra foresees it, from which on float32 products are not good enough.
 HARD = 1e-4
+NOT_FINITE = "the displacement is not finite, or too large for its squares: clip the gradient"
 
 
 class Coefficients(NamedTuple):
@@ -172,6 +173,8 @@ def retract(
     """
     sides = [_Side(x.us, d.us, reduce), _Side(x.vs, d.vs, reduce)]
     c = x.s.double() + d.s.double()
+    if host_can_look(c) and not bool(torch.isfinite(c).all()):
+        raise StepError(NOT_FINITE)
     found = _small_part(retraction, c, sides, floor)
     eps = torch.finfo(x.s.dtype).eps
     if eps > torch.finfo(torch.float64).eps and _is_hard(found, sides, eps):
@@ -191,7 +194,7 @@ class _Side:
         self.xs, self.ds, self._reduce = xs, ds, reduce
         self._multiply(xs, ds)
         if host_can_look(self.w) and not bool(torch.isfinite(self.q).all()):
-            raise StepError("the displacement is not finite, or too large for its squares: clip the gradient")
+            raise StepError(NOT_FINITE)
 
     def _multiply(self, xs: Tall, ds: Tall) -> None:
         self.w = gram(xs, ds, self._reduce).double()

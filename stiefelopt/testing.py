@@ -1,13 +1,16 @@
 """The laws of Stiefel geometry, as functions that anyone can run on their own manifold or retraction.
 
     check_manifold(Stiefel(metric="mine"))
+    check_manifold(FixedRank("mine"))
     check_retraction("mine")
     check_retraction(lambda x, u: ..., order=2, equivariance="both")
+    check_retraction(rank_retractions.get("mine"))
 
 A law is a function ``law(m, case)`` of a manifold with the methods of `Stiefel` and of a `Case`, which says the
 shape, the dtype, how long the steps are and the seed. It returns nothing, or raises an AssertionError that names
 the law, what it claims, the numbers and the case. ``MANIFOLD_LAWS`` and ``RETRACTION_LAWS`` list them; only
-`law_drift`, a walk of thousands of steps, stands apart. `cases` draws cases with hypothesis.
+`law_drift`, a walk of thousands of steps, stands apart. `cases` draws cases with hypothesis. The laws of `FixedRank`
+are in `rank_laws`.
 
 What a law compares with is computed here, densely and in float64, not by the code under test.
 """
@@ -40,7 +43,16 @@ from .laws import (
     rescaled,
     slope_of,
 )
-from .manifolds import Stiefel
+from .manifolds import FixedRank, Stiefel
+from .rank_laws import (
+    RANK_MANIFOLD_LAWS,
+    RANK_RETRACTION_LAWS,
+    RANK_SHAPES,
+    RankCase,
+    law_rank_drift,
+    law_rank_order,
+)
+from .rank_retractions import RankRetraction
 from .retractions import Retraction
 from .shapes import HALF, compute_dtype, tolerance
 
@@ -598,19 +610,45 @@ RETRACTION_LAWS: tuple[Law, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Suite:
+    """The laws of one kind of manifold, and where they are tried.
+
+    Attributes:
+        laws: all of them but the walk.
+        shapes: of points, where the caller names none.
+        case: makes a case from shape, dtype, scale and seed.
+    """
+
+    laws: tuple[Law, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    case: Callable[[tuple[int, ...], torch.dtype, float, int], Any]
+
+
+STIEFEL = Suite((*MANIFOLD_LAWS, *RETRACTION_LAWS), SHAPES, Case)
+FIXED_RANK = Suite((*RANK_MANIFOLD_LAWS, *RANK_RETRACTION_LAWS), RANK_SHAPES, RankCase)
+SUITES: dict[type, Suite] = {Stiefel: STIEFEL, FixedRank: FIXED_RANK}
+
+
+def suite_of(m: object) -> Suite:
+    """The laws of the nearest known class above a manifold's; those of Stiefel where there is none."""
+    return next((SUITES[cls] for cls in type(m).__mro__ if cls in SUITES), STIEFEL)
+
+
 def check_manifold(
-    m: Stiefel,
+    m: Stiefel | FixedRank,
     *,
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     scales: Sequence[float] = SCALES,
     seed: int = 0,
 ) -> None:
-    """Run every law on a manifold; about ten seconds.
+    """Run every law on a manifold; ten to thirty seconds.
 
     Args:
-        m: a `Stiefel`, or anything with its methods on matrices with orthonormal columns.
-        shapes: of points, (*b, n, p). Orders show at 3 <= p < n only.
+        m: a `Stiefel`, or anything with its methods on matrices with orthonormal columns; a `FixedRank`, or a
+            subclass of it.
+        shapes: of points, (*b, n, p), or (*b, m, n, r) on FixedRank. Orders show at 3 <= p < n, 2 <= r < min(m, n).
         dtypes: of points.
         scales: Frobenius norms of the vectors.
         seed: of the draws.
@@ -618,15 +656,16 @@ def check_manifold(
     Raises:
         AssertionError: names the law that does not hold, and the numbers.
     """
-    _check_all((*MANIFOLD_LAWS, *RETRACTION_LAWS), m, shapes, dtypes, scales, seed)
+    suite = suite_of(m)
+    _check_all(suite, m, suite.shapes if shapes is None else shapes, dtypes, scales, seed)
 
 
 def check_retraction(
-    r: str | Retraction | Callable[[Tensor, Tensor], Tensor],
+    r: str | Retraction | RankRetraction | Callable[[Tensor, Tensor], Tensor],
     order: Mapping[str, float] | float | None = None,
     *,
     equivariance: str | None = None,
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     scales: Sequence[float] = SCALES,
     steps: int = 1000,
@@ -635,12 +674,13 @@ def check_retraction(
     """Run the laws of retractions under every registered metric; about ten seconds.
 
     Args:
-        r: a registered name, a `Retraction`, or a plain function ``(x, u) -> y`` on stacks (B, n, p).
+        r: of Stiefel, a registered name, a `Retraction`, or a plain function ``(x, u) -> y`` on stacks (B, n, p);
+            of FixedRank, what ``rank_retractions.register`` or ``rank_retractions.get`` returned.
         order: the order to check, in place of the declared one: a mapping from metric to order, or a number for
             the Euclidean metric, which is what "second order" means in the literature. Undeclared orders are
             checked to be at least 1.
         equivariance: "both" or "left", in place of the declared one.
-        shapes: of points, (*b, n, p). Orders show at 3 <= p < n only.
+        shapes: of points, as in `check_manifold`.
         dtypes: of points.
         scales: Frobenius norms of the steps; cut to the retraction's radius.
         steps: length of the walk that looks for drift.
@@ -649,6 +689,9 @@ def check_retraction(
     Raises:
         AssertionError: names the law that does not hold, and the numbers.
     """
+    if isinstance(r, RankRetraction):
+        return _check_rank_retraction(r, order, shapes, dtypes, scales, steps, seed)
+    shapes = SHAPES if shapes is None else shapes
     part = retraction_of(Stiefel(retraction=r))
     if order is not None:
         part = replace(part, order={"euclidean": order} if isinstance(order, (int, float)) else dict(order))
@@ -658,16 +701,28 @@ def check_retraction(
         if not serves(part, metric):
             continue
         m = Stiefel(metric=metric, retraction=part)
-        _check_all(RETRACTION_LAWS, m, shapes, dtypes, scales, seed)
+        _check_all(replace(STIEFEL, laws=RETRACTION_LAWS), m, shapes, dtypes, scales, seed)
         law_drift(m, Case((16, 3), torch.float32, 1e-2, seed), steps=steps)
 
 
-def _check_all(laws: Sequence[Law], m: Stiefel, shapes: Any, dtypes: Any, scales: Any, seed: int) -> None:
+def _check_rank_retraction(
+    r: RankRetraction, order: Any, shapes: Any, dtypes: Any, scales: Any, steps: int, seed: int
+) -> None:
+    if order is not None and not isinstance(order, (int, float)):
+        raise ConfigError(f"order={order!r}; a number is needed: FixedRank has one metric.")
+    m = FixedRank(r.name)
+    law_rank_order(m, order=r.order if order is None else order)
+    suite = replace(FIXED_RANK, laws=tuple(law for law in RANK_RETRACTION_LAWS if law is not law_rank_order))
+    _check_all(suite, m, suite.shapes if shapes is None else shapes, dtypes, scales, seed)
+    law_rank_drift(m, RankCase((16, 12, 3), torch.float32, 1e-2, seed), steps=steps)
+
+
+def _check_all(suite: Suite, m: object, shapes: Any, dtypes: Any, scales: Any, seed: int) -> None:
     for shape in shapes:
         for dtype in dtypes:
             for scale in scales:
-                for law in laws:
-                    law(m, Case(tuple(shape), dtype, scale, seed))
+                for law in suite.laws:
+                    law(m, suite.case(tuple(shape), dtype, scale, seed))
 
 
 def cases(*, max_p: int = 5, max_extra: int = 6, dtypes: Sequence[torch.dtype] = DTYPES) -> Any:
