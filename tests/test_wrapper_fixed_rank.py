@@ -1,4 +1,4 @@
-"""RiemannianWrapper on FixedRank: every torch optimizer on triples U, S, V, and what the choice of factors may not do."""
+"""RiemannianWrapper on FixedRank: every torch optimizer on triples U, S, V, whatever the choice of factors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RETRACTIONS = rank_retractions.names()
 # Two of equal shape, one of another height, one of another rank.
 SHAPES = ((12, 9, 3), (12, 9, 3), (8, 14, 3), (9, 7, 2))
 # On this problem, of matrices and not of unit columns.
-LR = {"SGD": 0.05, "ASGD": 0.05, "Adadelta": 5.0, "Adagrad": 0.1, "Muon": 0.02}
+LR = {"SGD": 0.05, "ASGD": 0.05, "Adadelta": 5.0, "Adagrad": 0.1, "Muon": 0.02, "Adam": 0.005, "AdamW": 0.005}
 
 
 def triple(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> Triple:
@@ -125,6 +125,22 @@ def test_a_zero_learning_rate_moves_no_bit(variant: Variant) -> None:
     assert same_bits(problem.values(), before)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="transport mixes the entries of exp_avg but not of exp_avg_sq: where the latter is small, |m| / sqrt(v) "
+    "reaches 100, and loss 1e16 after 200 steps; with transport='none' the loss ends at 0",
+)
+def test_adamw_takes_the_learning_rate_with_transport_that_it_takes_without() -> None:
+    ends = []
+    for transport in ("none", "projection"):
+        problem = LeastSquares()
+        start = problem.loss()
+        run(problem, RiemannianWrapper(AdamW(problem.groups(FixedRank(transport=transport)), lr=0.02)), 80)
+        ends.append(problem.loss() / start)
+    assert ends[0] < 0.01
+    assert ends[1] < 1
+
+
 # Invariance
 
 LINEAR: dict[str, Callable[[Any], Optimizer]] = {
@@ -148,11 +164,11 @@ def test_other_factors_of_the_same_matrix_make_no_difference(
         torch.testing.assert_close(dense(x), dense(y), atol=1e-9, rtol=0)
 
 
-def test_without_transport_the_heavy_ball_depends_on_nothing_but_turns_with_the_gauge() -> None:
-    """The check above can fail: gradients in the wrong coordinates are seen."""
+def test_elementwise_moments_do_depend_on_the_factors() -> None:
+    """The check above can fail."""
     plain, turned = LeastSquares(), LeastSquares().turn()
     for problem in (plain, turned):
-        run(problem, RiemannianWrapper(AdamW(problem.groups(), lr=0.02)), 10)
+        run(problem, RiemannianWrapper(AdamW(problem.groups(), lr=0.005)), 10)
     assert (dense(plain.points[0]) - dense(turned.points[0])).abs().max() > 1e-3
 
 
@@ -160,10 +176,6 @@ def test_without_transport_the_heavy_ball_depends_on_nothing_but_turns_with_the_
 def test_one_step_is_the_dense_one(name: str) -> None:
     problem = LeastSquares()
     before = [usv([t.clone() for t in x]) for x in problem.points]
-    steps = [
-        -0.1 * FixedRank().project_dense(x, g).U
-        for x, g in zip(before, problem.dense_gradients(), strict=True)
-    ]
     expected = []
     for x, g in zip(before, problem.dense_gradients(), strict=True):
         left, right = x.U @ x.U.mT, x.V @ x.V.mT
@@ -174,10 +186,10 @@ def test_one_step_is_the_dense_one(name: str) -> None:
             expected.append((a[:, :r] * d[:r]) @ bh[:r])
         else:
             expected.append(z @ x.V @ torch.linalg.inv(x.U.mT @ z @ x.V) @ x.U.mT @ z)
-    assert all(t.abs().max() > 1e-4 for t in steps)
+    assert all((dense(p) - y).abs().max() > 1e-3 for p, y in zip(problem.points, expected, strict=True))
     run(problem, RiemannianWrapper(SGD(problem.groups(FixedRank(name)), lr=0.1)), 1)
-    for x, y in zip(problem.points, expected, strict=True):
-        torch.testing.assert_close(dense(x), y, atol=1e-12, rtol=0)
+    for new, y in zip(problem.points, expected, strict=True):
+        torch.testing.assert_close(dense(new), y, atol=1e-12, rtol=0)
 
 
 def test_heavy_ball_is_the_dense_one_with_projected_momentum() -> None:
@@ -462,7 +474,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("inner", [LINEAR["heavy ball"], lambda g: AdamW(g, lr=0.02)])
+@pytest.mark.parametrize("inner", [LINEAR["heavy ball"], lambda g: AdamW(g, lr=0.01)])
 def test_half_precision_points_have_masters(inner: Callable[[Any], Optimizer], dtype: torch.dtype) -> None:
     problem = LeastSquares(dtype)
     wrapper = RiemannianWrapper(inner(problem.groups(gradient="projected")))

@@ -128,7 +128,9 @@ class FixedRank(Manifold):
             raise ShapeError("project_point needs a dense real matrix z of shape (*b, m, n).")
         _as_shape(z.shape, rank)
         if not bool(torch.isfinite(z).all()):
-            raise NotOnManifoldError("z holds NaN or Inf, and no matrix of rank r is nearest to it.")
+            raise NotOnManifoldError(
+                "z holds NaN or Inf, and no matrix of rank r is nearest to it; look where it was made."
+            )
         # float64: where singular values are close, float32 vectors are orthonormal to 1e-5 only.
         u, s, vh = torch.linalg.svd(z.double(), full_matrices=False)
         x = USV(u[..., :rank], torch.diag_embed(s[..., :rank]), vh[..., :rank, :].mT)
@@ -159,6 +161,10 @@ class FixedRank(Manifold):
         m, n = x.U.shape[-2], x.V.shape[-2]
         if not isinstance(z, Tensor) or z.shape != (*x.U.shape[:-2], m, n):
             raise ShapeError(f"z must be a dense tensor (*b, {m}, {n}) with the batch of the point.")
+        if z.dtype != x.U.dtype or z.device != x.U.device:
+            raise ShapeError(
+                f"z is {z.dtype} on {z.device} and x.U is {x.U.dtype} on {x.U.device}; convert it with .to(...)."
+            )
         u, _, v = _lifted(x)
         z = z.to(u.dtype)
         zv, ztu = z @ v, z.mT @ u
