@@ -76,8 +76,16 @@ def test_declared_orders(m: FixedRank, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("m", MOVING, ids=label)
+def test_no_drift(m: FixedRank) -> None:
+    """5,000 steps of the default, 1,000 of the others; `make test-all` goes on to 5,000 with these."""
+    steps = 5000 if m == FixedRank() else 1000
+    law_rank_drift(m, RankCase((64, 48, 8), torch.float32, 1e-2), steps=steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", MOVING, ids=label)
 def test_no_drift_in_5000_steps(m: FixedRank) -> None:
-    law_rank_drift(m, RankCase((64, 48, 8), torch.float32, 1e-2))
+    law_rank_drift(m, RankCase((64, 48, 8), torch.float32, 1e-2, seed=1))
 
 
 def test_check_manifold_runs_the_laws_of_fixed_rank() -> None:

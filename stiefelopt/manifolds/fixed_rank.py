@@ -203,7 +203,9 @@ class FixedRank(Manifold):
         number of S. Layers that deliver G V and G^T U themselves (`RiemannLoRALinear`) need no inverse.
         """
         x, egrad = _checked("x", x, egrad=egrad)
-        u = self._gradient(_flatten(x), _flatten(egrad), "factors")
+        point, g = _flatten(x), _flatten(egrad)
+        overlap = gram(point.us, g.us), gram(point.vs, g.vs)
+        u = self._gradient(point, g, "factors", overlap)
         return _unflatten(x, u._replace(s=u.s.clone()))
 
     def inner(self, x: USV, u: USV, v: USV) -> Tensor:
@@ -239,23 +241,37 @@ class FixedRank(Manifold):
 
     # On stacks
 
-    def _gradient(self, x: Factors, g: Factors, arriving: str, reduce: Reduce | None = None) -> Factors:
+    def _gradient(
+        self,
+        x: Factors,
+        g: Factors,
+        arriving: str,
+        overlap: tuple[Tensor, Tensor],
+        out: Factors | None = None,
+    ) -> Factors:
+        """The tangent coordinates of g, whose overlap is (U^T gU, V^T gV); U and V parts go to out."""
+        ku, kv = overlap
         if arriving == "factors":
             # In float64, through the singular values: S may be ill-conditioned.
             a, d, bh = torch.linalg.svd(x.s.double())
             damped = d / (d.square() + (torch.finfo(x.s.dtype).eps * d[..., :1]).square()).clamp_min(1e-300)
             inverse = ((bh.mT * damped[..., None, :]) @ a.mT).to(x.s.dtype)
             g = Factors(_times(g.us, inverse.mT), g.s, _times(g.vs, inverse))
-        ku, kv = gram(x.us, g.us, reduce), gram(x.vs, g.vs, reduce)
-        up = combine(g.us, x.us, ku, alpha=-1.0)
-        vp = combine(g.vs, x.vs, kv, alpha=-1.0)
+            ku, kv = ku @ inverse.mT, kv @ inverse
+        up = combine(g.us, x.us, ku, alpha=-1.0, out=None if out is None else out.us)
+        vp = combine(g.vs, x.vs, kv, alpha=-1.0, out=None if out is None else out.vs)
         return Factors(up, g.s, vp)
 
-    def _retract(self, x: Factors, d: Factors, reduce: Reduce | None = None) -> Factors:
+    def _retract(
+        self,
+        x: Factors,
+        d: Factors,
+        overlap: tuple[Tensor, Tensor] | None = None,
+        reduce: Reduce | None = None,
+    ) -> Factors:
         still = _is_zero(d)
-        y = rank_retractions.retract(
-            rank_retractions.get(self.retraction), x, d, floor=self.floor, reduce=reduce
-        )
+        retraction = rank_retractions.get(self.retraction)
+        y = rank_retractions.retract(retraction, x, d, overlap=overlap, floor=self.floor, reduce=reduce)
         if still is None:
             return y
         s = torch.where(still[:, None, None], x.s, y.s)
@@ -269,7 +285,7 @@ class FixedRank(Manifold):
         """Overwrite the stacks gs by tangent coordinates (Up, M, Vp); returns what every non-finite entry shows in."""
         x, g = _factors(xs), _factors(gs)
         shown = _shown(x, g, reduce)
-        _write(self._gradient(x, g, arriving, reduce), gs)
+        _write(self._gradient(x, g, arriving, _overlap(shown), out=g), gs)
         return shown
 
     def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
@@ -292,7 +308,8 @@ class FixedRank(Manifold):
         for m, scale in zip(ms, scales, strict=True):
             if scale != 1.0:
                 m.mul_(scale)
-        y = self._retract(_factors(xs), _factors(ms), reduce)
+        overlap = _overlap(e) if all(scale == 1.0 for scale in scales) else None
+        y = self._retract(_factors(xs), _factors(ms), overlap, reduce)
         return [(t, None) for t in _stacks(y)]
 
     def stacked_spectral(self, xs: Tall, ds: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
@@ -347,20 +364,31 @@ def _transported(x: Factors, y: Factors, v: Factors) -> Factors:
     a, b, c, d = gram(x.us, y.us), gram(v.us, y.us), gram(x.vs, y.vs), gram(v.vs, y.vs)
     right, left = v.s @ c + d, v.s.mT @ a + b
     m = a.mT @ right + b.mT @ c
-    up = combine(combine(_times(x.us, right), v.us, c), y.us, m, alpha=-1.0)
-    vp = combine(combine(_times(x.vs, left), v.vs, a), y.vs, m.mT, alpha=-1.0)
+    up, vp = _times(x.us, right), _times(x.vs, left)
+    for out, parts in ((up, ((v.us, c, 1.0), (y.us, m, -1.0))), (vp, ((v.vs, a, 1.0), (y.vs, m.mT, -1.0)))):
+        for tall, small, sign in parts:
+            combine(out, tall, small, alpha=sign, out=out)
     return Factors(up, m, vp)
 
 
 def _is_zero(d: Factors) -> Tensor | None:
     """Mask (B,) of the displacements that are exactly zero; on the CPU None when there is none."""
-    flat = [torch.cat([(t == 0).all(-1).all(-1) for t in part]) for part in (d.us, d.vs)]
-    mask = flat[0] & flat[1] & (d.s == 0).all(-1).all(-1)
+    mask = (d.s == 0).all(-1).all(-1)
+    if mask.device.type == "cpu" and not bool(mask.any()):
+        return None  # without a look at the tall parts
+    for part in (d.us, d.vs):
+        mask = mask & torch.cat([(t == 0).all(-1).all(-1) for t in part])
     return mask if mask.device.type != "cpu" or bool(mask.any()) else None
 
 
 def _shown(x: Factors, z: Factors, reduce: Reduce | None) -> Tensor:
     return torch.cat((gram(x.us, z.us, reduce), z.s, gram(x.vs, z.vs, reduce)), -1)
+
+
+def _overlap(shown: Tensor) -> tuple[Tensor, Tensor]:
+    """The outer two of the three matrices of `_shown`."""
+    r = shown.shape[-2]
+    return shown[..., :r], shown[..., 2 * r :]
 
 
 def _times(zs: Tall, t: Tensor) -> list[Tensor]:
