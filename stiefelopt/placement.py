@@ -204,6 +204,11 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
         )
     rows, columns = placement.matrix_shape(p.shape)[-2:]
     long_side = columns if placement.is_rows(p.shape) else rows
+    if long_side < max(rows, columns) and placement.manifold.parts > 1:
+        raise ShapeError(
+            f"{name} is {rows} x {columns}, and the factors U, S, V of a fixed-rank point are tall, (*b, m, r), "
+            f"(*b, r, r), (*b, n, r): store it transposed, or use a smaller rank."
+        )
     if long_side < max(rows, columns):
         raise ShapeError(
             f"{name} is {rows} x {columns}, and {min(rows, columns)} orthonormal {placement.orientation} at most fit: "

@@ -11,6 +11,7 @@ U^T U+ and V^T V+ are symmetric and positive), the correction of what rounding l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -34,6 +35,12 @@ from .retractions import close, normalize, polar
 ORTHOGRAPHIC_LIMIT = 1e4
 # Error of the Gram of U+, as the small algebra foresees it, from which on float32 products are not good enough.
 HARD = 1e-4
+# ||y^T y - I||_F, in eps, up to which a new factor needs no correction (8 for a vector). What is above it is corrected,
+# so that it bounds the residual however many steps there are.
+ORTHONORMAL = 16
+# ||a^T a - I||_F up to which the gauge is found by matrix products, six or fewer.
+NEARLY_ORTHOGONAL = 0.25
+NOT_FINITE = "the displacement is not finite, or too large for its squares: clip the gradient"
 
 
 class Coefficients(NamedTuple):
@@ -97,7 +104,9 @@ def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     core = torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2)
     k, d, lh = torch.linalg.svd(core)
     k1, l1, d = k[..., :r, :r], lh[..., :r, :r].mT, d[..., :r]
-    inverse = torch.where(d > 0, d, torch.ones_like(d)).reciprocal()[..., None, :]
+    # A singular value at rounding level has no direction to divide by; the rank is judged by the caller.
+    kept = d > torch.finfo(d.dtype).eps * d[..., :1]
+    inverse = (torch.where(kept, d, torch.ones_like(d)).reciprocal() * kept)[..., None, :]
     return Coefficients(k1, l1 * inverse, torch.diag_embed(d), l1, k1 * inverse)
 
 
@@ -109,7 +118,7 @@ def orthographic(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     (2015), section 3.2.
     """
     a, d, bh = torch.linalg.svd(c)
-    if host_can_look(c) and not bool((d[..., -1] * ORTHOGRAPHIC_LIMIT >= d[..., 0]).all()):
+    if host_can_look(c) and not bool((d[..., -1] * ORTHOGRAPHIC_LIMIT > d[..., 0]).all()):
         raise StepError(
             f"orthographic needs S + M with a condition number up to {ORTHOGRAPHIC_LIMIT:g}; lower the learning rate, "
             f"or use retraction='svd', which needs none"
@@ -152,7 +161,13 @@ class Factors(NamedTuple):
 
 
 def retract(
-    retraction: RankRetraction, x: Factors, d: Factors, *, floor: float = 0.0, reduce: Reduce | None = None
+    retraction: RankRetraction,
+    x: Factors,
+    d: Factors,
+    *,
+    overlap: tuple[Tensor, Tensor] | None = None,
+    floor: float = 0.0,
+    reduce: Reduce | None = None,
 ) -> Factors:
     """The new points, for displacements d that need not be tangent.
 
@@ -160,17 +175,22 @@ def retract(
         retraction: the small part.
         x: the points.
         d: displacements (dU, M, dV); of dU and dV what lies in the span of U and V is discarded.
+        overlap: U^T dU and V^T dV where they are at hand already.
         floor: smallest singular value of the new S, relative to its largest; 0 raises where rank is lost.
         reduce: sums a batch over ranks.
 
     Raises:
         StepError: rank is lost, or d is too large for its squares.
 
-    Cost: per factor four products of 2 n r^2 flops; two or three more where rounding must be corrected. r x r
-        algebra in float64: an SVD of 2r x 2r, two eigendecompositions and three SVDs of r x r.
+    Cost: per factor five products of 2 n r^2 flops, one less with the overlap; two or three more where rounding must
+        be corrected. r x r algebra in float64: an SVD of 2r x 2r and two eigendecompositions and the singular values
+        of r x r; the gauge by products, by two SVDs more after a long step.
     """
-    sides = [_Side(x.us, d.us, reduce), _Side(x.vs, d.vs, reduce)]
-    c = (x.s + d.s).double()
+    wu, wv = (None, None) if overlap is None else overlap
+    sides = [_Side(x.us, d.us, wu, reduce), _Side(x.vs, d.vs, wv, reduce)]
+    c = x.s.double() + d.s.double()
+    if host_can_look(c) and not bool(torch.isfinite(c).all()):
+        raise StepError(NOT_FINITE)
     found = _small_part(retraction, c, sides, floor)
     eps = torch.finfo(x.s.dtype).eps
     if eps > torch.finfo(torch.float64).eps and _is_hard(found, sides, eps):
@@ -186,14 +206,14 @@ def retract(
 class _Side:
     """One of the two tall factors: its points, its displacements and their products with each other."""
 
-    def __init__(self, xs: Tall, ds: Tall, reduce: Reduce | None) -> None:
+    def __init__(self, xs: Tall, ds: Tall, w: Tensor | None, reduce: Reduce | None) -> None:
         self.xs, self.ds, self._reduce = xs, ds, reduce
-        self._multiply(xs, ds)
+        self._multiply(xs, ds, w)
         if host_can_look(self.w) and not bool(torch.isfinite(self.q).all()):
-            raise StepError("the displacement is not finite, or too large for its squares: clip the gradient")
+            raise StepError(NOT_FINITE)
 
-    def _multiply(self, xs: Tall, ds: Tall) -> None:
-        self.w = gram(xs, ds, self._reduce).double()
+    def _multiply(self, xs: Tall, ds: Tall, w: Tensor | None = None) -> None:
+        self.w = (gram(xs, ds, self._reduce) if w is None else w).double()
         self.q = gram(ds, ds, self._reduce).double()
 
     def square_in_float64(self) -> None:
@@ -212,7 +232,7 @@ class _Side:
         zs = combine(self.xs, self.xs, (a - self.w @ b - eye).to(dtype))
         zs = combine(zs, self.ds, b.to(dtype), out=zs)
         off = distance_from_identity(gram(zs, zs, self._reduce))
-        if off is not None and off <= 8 * torch.finfo(dtype).eps:
+        if off is not None and off <= min(ORTHONORMAL, 8 * math.sqrt(a.shape[-1])) * torch.finfo(dtype).eps:
             return zs, eye
         ys = close(normalize(zs, polar, self._reduce))
         return ys, gram(ys, zs, self._reduce).double()
@@ -230,23 +250,33 @@ def _is_hard(found: Coefficients, sides: Sequence[_Side], eps: float) -> bool:
 def _small_part(retraction: RankRetraction, c: Tensor, sides: Sequence[_Side], floor: float) -> Coefficients:
     """The coefficients with rank and gauge seen to."""
     found = retraction.coefficients(c, sides[0].h, sides[1].h)
-    stacked = torch.cat((found.au, found.av, found.s))
-    if host_can_look(c) and not bool(torch.isfinite(stacked).all()):
+    if host_can_look(c) and not all(bool(torch.isfinite(t).all()) for t in (found.au, found.av, found.s)):
         raise StepError(f"{retraction.name} finds no point: the step is too long; lower the learning rate")
-    u, d, vh = torch.linalg.svd(stacked)
-    k = len(c)
     limit = max(floor, torch.finfo(sides[0].xs[0].dtype).eps)
-    if not host_can_look(c) or not bool((d[2 * k :, -1] > limit * d[2 * k :, 0]).all()):
-        found = _keep_rank(found, u[2 * k :], d[2 * k :], vh[2 * k :], floor)
-        u, _, vh = torch.linalg.svd(torch.cat((found.au, found.av)))
-    turns = (u @ vh)[: 2 * k].mT
-    qu, qv = turns[:k], turns[k:]
+    d = torch.linalg.svdvals(found.s) if host_can_look(c) else None
+    if d is None or not bool((d[:, -1] > limit * d[:, 0]).all()):
+        found = _keep_rank(found, floor)
     au, bu, s, av, bv = found
+    qu, qv = _turns(torch.cat((au, av))).chunk(2)
     return Coefficients(au @ qu, bu @ qu, qu.mT @ s @ qv, av @ qv, bv @ qv)
 
 
-def _keep_rank(found: Coefficients, u: Tensor, d: Tensor, vh: Tensor, floor: float) -> Coefficients:
-    """Raise the singular values d of s to the floor; the vectors that belong to them are chosen from U and V."""
+def _turns(a: Tensor) -> Tensor:
+    """The orthogonal q for which a q is symmetric and positive: the transposed polar factor of a, (B, r, r).
+
+    A step shorter than the singular values of W gives an a that is nearly orthogonal, and products do; else by SVD.
+    """
+    g = a.mT @ a
+    off = distance_from_identity(g)
+    if off is not None and off <= NEARLY_ORTHOGONAL:
+        return (a + a @ inverse_sqrt_increment(g)).mT
+    u, _, vh = torch.linalg.svd(a)
+    return (u @ vh).mT
+
+
+def _keep_rank(found: Coefficients, floor: float) -> Coefficients:
+    """Raise the singular values of s to the floor; the vectors that belong to them are chosen from U and V."""
+    u, d, vh = torch.linalg.svd(found.s)
     if host_can_look(d) and not (floor > 0 and bool((d[..., 0] > 0).all())):
         ratio = (d[..., -1] / d[..., 0]).nan_to_num().min().item()
         raise StepError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from stiefelopt import manifolds, metrics, projections, retractions, transports
+from stiefelopt import manifolds, metrics, projections, rank_retractions, retractions, transports
 from stiefelopt.registry import Registry
 
 # The quick suite draws the same cases every time; HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -22,6 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 REGISTRIES: tuple[Registry[Any], ...] = (
     retractions._registry,
+    rank_retractions._registry,
     metrics._registry,
     projections._registry,
     transports._registry,

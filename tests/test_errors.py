@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import stiefelopt
 from stiefelopt import (
+    USV,
     BlockAdam,
     ConfigError,
     FixedRank,
@@ -44,6 +45,7 @@ from stiefelopt import (
     metrics,
     param_groups,
     projections,
+    rank_retractions,
     retractions,
     transports,
 )
@@ -52,6 +54,7 @@ torch.set_num_threads(1)
 
 # What the type checker would refuse already.
 AnyStiefel: Any = Stiefel
+AnyFixedRank: Any = FixedRank
 AnyWrapper: Any = RiemannianWrapper
 from_spec: Any = manifolds.from_spec
 register_metric: Any = metrics.register
@@ -59,6 +62,7 @@ any_param_groups: Any = param_groups
 
 FAMILIES: dict[str, Any] = {
     "retraction": retractions,
+    "fixed-rank retraction": rank_retractions,
     "metric": metrics,
     "transport": transports,
     "projection": projections,
@@ -79,6 +83,8 @@ class World:
         self.integer = nn.Parameter(torch.eye(4, 2, dtype=torch.int64), requires_grad=False)
         self.imaginary = nn.Parameter(torch.eye(4, 2, dtype=torch.complex64))
         self.x, self.u = Stiefel().random_point(7, 3), torch.zeros(7, 3)
+        self.usv = [nn.Parameter(t) for t in FixedRank().random_point(8, 6, rank=3)]
+        self.step = USV(torch.zeros(8, 3), torch.zeros(3, 3), torch.zeros(6, 3))
         self.module = nn.ModuleDict(
             {
                 "query": nn.Linear(6, 6),
@@ -512,7 +518,7 @@ ON_PARTS: dict[str, Case] = {
             UnknownNameError, rf"unknown {family} 'nope'", r"known: '", partial(make_nope, family)
         )
         for family in FAMILIES
-        if family != "manifold"
+        if family not in ("manifold", "fixed-rank retraction")
     },
     "a near miss": Case(
         UnknownNameError, r"'caley'", r"Did you mean 'cayley'", lambda w: Stiefel(retraction="caley")
@@ -850,7 +856,205 @@ ON_LAYERS: dict[str, Case] = {
     ),
 }
 
-TABLE = {**ON_GROUPS, **ON_WRAPPING, **ON_LIVE, **ON_PARTS, **ON_TENSORS, **ON_LAYERS}
+
+def wrap_rank(o: Any) -> object:
+    return RiemannianWrapper(o, FixedRank())
+
+
+def with_part(part: int, change: Callable[[Tensor], Tensor]) -> Callable[[World], Optimizer]:
+    """SGD over the triple with one factor changed."""
+
+    def setup(w: World) -> Optimizer:
+        made = nn.Parameter(change(w.usv[part].detach()), requires_grad=False)
+        return w.sgd(*w.usv[:part], w.watch(made), *w.usv[part + 1 :])
+
+    return setup
+
+
+def rank_lost(w: World) -> RiemannianWrapper:
+    """A wrapper whose next step would leave S singular."""
+    s = w.usv[1].detach()
+    for p in w.usv:
+        p.grad = torch.zeros_like(p)
+    w.usv[1].grad = torch.diag(torch.tensor([0.0, 0.0, 1.0])) @ s
+    # No momentum: a refused move leaves the inner optimizer's moments changed, which is documented.
+    inner = w.watch(SGD([{"params": w.usv, "gradient": "projected"}], lr=1.0))
+    return RiemannianWrapper(inner, FixedRank())
+
+
+def make_floor(floor: object, _: World) -> object:
+    return AnyFixedRank(floor=floor)
+
+
+ON_FIXED_RANK: dict[str, Case] = {
+    "two parameters": Case(
+        ConfigError,
+        r"group 0.*2 parameters",
+        r"U, S, V.*param_groups",
+        wrap_rank,
+        lambda w: w.sgd(*w.usv[:2]),
+    ),
+    "factors of different ranks": Case(
+        ShapeError,
+        r"parameter 0 of group 0.*\(8, 3\), \(3, 3\), \(6, 2\)",
+        r"\(\*b, m, r\).*are needed",
+        wrap_rank,
+        with_part(2, lambda v: v[:, :2].clone()),
+    ),
+    "factors in the wrong order": Case(
+        ShapeError,
+        r"parameter 0 of group 0",
+        r"are needed",
+        wrap_rank,
+        lambda w: w.sgd(*w.usv[::-1][1:], w.usv[2]),
+    ),
+    "factors of different dtypes": Case(
+        ShapeError, r"x\.V is torch\.float64", r"\.to\(", wrap_rank, with_part(2, lambda v: v.double())
+    ),
+    "a wide factor": Case(
+        ShapeError, r"3 x 6|\(3, 6\)", r"transpose", wrap_rank, with_part(2, lambda v: v.mT.clone())
+    ),
+    "a singular S": Case(
+        NotOnManifoldError,
+        r"parameter 0 of group 0: S is singular",
+        r"orthogonal S|smaller rank",
+        wrap_rank,
+        with_part(1, lambda s: s * torch.tensor([1.0, 1.0, 0.0])),
+    ),
+    "S = 0": Case(
+        NotOnManifoldError, r"S is singular", r"small multiple", wrap_rank, with_part(1, torch.zeros_like)
+    ),
+    "NaN in S": Case(
+        NotOnManifoldError, r"S holds NaN", r"look", wrap_rank, with_part(1, lambda s: s * math.nan)
+    ),
+    "a V off the manifold": Case(
+        NotOnManifoldError, r"V has max", r"project_point|constrain", wrap_rank, with_part(2, lambda v: 2 * v)
+    ),
+    "an integer S": Case(ShapeError, r"int64", r"\.float\(\)", wrap_rank, with_part(1, lambda s: s.long())),
+    "a complex U": Case(ShapeError, r"complex64", r"real", wrap_rank, with_part(0, lambda u: u + 0j)),
+    "rows": Case(
+        ConfigError,
+        r"orientation='rows'",
+        r"leave out",
+        wrap_rank,
+        lambda w: w.sgd(*w.usv, orientation="rows"),
+    ),
+    "a kernel's view": Case(
+        ConfigError, r"view='matrix'", r"leave out", wrap_rank, lambda w: w.sgd(*w.usv, view="matrix")
+    ),
+    "StelLA's scale on FixedRank": Case(
+        ConfigError,
+        r"displacement_scale='stella'",
+        r"number|leave it out",
+        wrap_rank,
+        lambda w: w.sgd(*w.usv, displacement_scale="stella", reference_dim=8),
+    ),
+    "an unknown gradient": Case(
+        ConfigError,
+        r"'gradient'.*'dense'",
+        r"'factors' or 'projected'",
+        wrap_rank,
+        lambda w: w.sgd(*w.usv, gradient="dense"),
+    ),
+    "a negative decay": Case(
+        ConfigError,
+        r"manifold_decay is -1",
+        r"not negative",
+        wrap_rank,
+        lambda w: w.sgd(*w.usv, manifold_decay=-1),
+    ),
+    "decay on Stiefel": Case(
+        ConfigError, r"manifold_decay", r"leave it out", wrap, lambda w: w.sgd(w.point, manifold_decay=0.1)
+    ),
+    "coupled decay on FixedRank": Case(
+        ConfigError, r"weight_decay=0\.1.*SGD", r"AdamW", wrap_rank, lambda w: w.sgd(*w.usv, weight_decay=0.1)
+    ),
+    "rank lost in a step": Case(StepError, r"loses rank", r"floor=1e-3.*put back", step, rank_lost),
+    "FixedRank with an unknown retraction": Case(
+        UnknownNameError, r"'polar'", r"'svd'", lambda w: FixedRank("polar")
+    ),
+    "a retraction that is a function": Case(
+        UnknownNameError, r"plain_function", r"register", lambda w: AnyFixedRank(plain_function)
+    ),
+    "an unknown transport on FixedRank": Case(
+        ConfigError,
+        r"transport='parallel'",
+        r"'projection' or 'none'",
+        lambda w: FixedRank(transport="parallel"),
+    ),
+    **{
+        f"a floor of {floor}": Case(ConfigError, r"floor=", r"\[0, 1\)", partial(make_floor, floor))
+        for floor in (-0.1, 1, math.nan, "1e-3", None, True)
+    },
+    "a taken fixed-rank name": Case(
+        ConfigError,
+        r"'svd' is taken",
+        r"another name",
+        lambda w: rank_retractions.register("svd")(rank_retractions.get("svd").function),
+    ),
+    "constrain on FixedRank": Case(
+        ConfigError,
+        r"three parameters U, S, V",
+        r"RiemannLoRALinear|triples",
+        lambda w: constrain(w.module, "query.weight", FixedRank()),
+    ),
+    "a dense matrix for a point": Case(
+        ShapeError,
+        r"x is a Tensor",
+        r"project_point\(W, rank=r\)",
+        lambda w: AnyFixedRank().retract(w.x, w.u),
+    ),
+    "a tuple of two": Case(
+        ShapeError, r"x is a list", r"USV", lambda w: AnyFixedRank().residual(list(w.usv[:2]))
+    ),
+    "a step of another shape": Case(
+        ShapeError,
+        r"u\.V has shape \(5, 3\), x\.V has \(6, 3\)",
+        r"must agree",
+        lambda w: FixedRank().retract(USV(*w.usv), w.step._replace(V=torch.zeros(5, 3))),
+    ),
+    "a step of another dtype": Case(
+        ShapeError,
+        r"u\.S has dtype torch\.float64",
+        r"\.to\(",
+        lambda w: FixedRank().retract(USV(*w.usv), w.step._replace(S=torch.zeros(3, 3).double())),
+    ),
+    "a dense matrix of another shape": Case(
+        ShapeError, r"z", r"8, 6", lambda w: FixedRank().project_dense(USV(*w.usv), torch.zeros(6, 8))
+    ),
+    "a dense matrix of another dtype": Case(
+        ShapeError,
+        r"z.*float64",
+        r"\.to\(",
+        lambda w: FixedRank().project_dense(USV(*w.usv), torch.zeros(8, 6).double()),
+    ),
+    "a rank that is too large": Case(
+        ShapeError, r"rank is 7", r"from 1 to 6", lambda w: FixedRank().random_point(8, 6, rank=7)
+    ),
+    "a matrix of lower rank": Case(
+        NotOnManifoldError,
+        r"S is singular",
+        r"smaller rank",
+        lambda w: FixedRank().project_point(torch.ones(4, 3), rank=2),
+    ),
+    "NaN in a dense matrix": Case(
+        NotOnManifoldError,
+        r"z holds NaN",
+        r"look",
+        lambda w: FixedRank().project_point(torch.full((4, 3), math.nan), rank=2),
+    ),
+    "the geodesic of FixedRank": Case(
+        ConfigError, r"geodesic", r"retract", lambda w: FixedRank().exp(USV(*w.usv), w.step)
+    ),
+    "a step of NaN on FixedRank": Case(
+        StepError,
+        r"not finite",
+        r"clip",
+        lambda w: FixedRank().retract(USV(*w.usv), w.step._replace(S=torch.full((3, 3), math.nan))),
+    ),
+}
+
+TABLE = {**ON_FIXED_RANK, **ON_GROUPS, **ON_WRAPPING, **ON_LIVE, **ON_PARTS, **ON_TENSORS, **ON_LAYERS}
 
 
 @pytest.mark.parametrize("case", TABLE.values(), ids=list(TABLE))
@@ -870,7 +1074,7 @@ def test_bad_input(case: Case) -> None:
 
 
 def test_the_table_is_long_and_without_doubles() -> None:
-    parts = (ON_GROUPS, ON_WRAPPING, ON_LIVE, ON_PARTS, ON_TENSORS, ON_LAYERS)
+    parts = (ON_FIXED_RANK, ON_GROUPS, ON_WRAPPING, ON_LIVE, ON_PARTS, ON_TENSORS, ON_LAYERS)
     assert len(TABLE) == sum(map(len, parts)) >= 40
 
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("manifolds",),
     ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
     ("groups", "wrapper", "optim", "layers"),
-    ("testing", "integrations"),
+    ("laws", "rank_laws", "testing", "integrations"),
 )
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 # What anybody may import but nobody inside does.

@@ -16,13 +16,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from stiefelopt import Stiefel, metrics, projections, retractions, testing, transports
 from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, StepError
 from stiefelopt.gram import sym
+from stiefelopt.laws import Law
 from stiefelopt.retractions import close
 from stiefelopt.shapes import tolerance
 from stiefelopt.testing import (
     MANIFOLD_LAWS,
     RETRACTION_LAWS,
     Case,
-    Law,
     cases,
     check_manifold,
     check_retraction,

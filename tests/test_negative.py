@@ -14,8 +14,9 @@ from torch import Tensor
 from stiefelopt import Stiefel, metrics, projections, retractions, testing
 from stiefelopt.errors import StepError
 from stiefelopt.gram import gram, sym
+from stiefelopt.laws import Law
 from stiefelopt.retractions import Retraction
-from stiefelopt.testing import MANIFOLD_LAWS, RETRACTION_LAWS, Case, Law, check_manifold, check_retraction
+from stiefelopt.testing import MANIFOLD_LAWS, RETRACTION_LAWS, Case, check_manifold, check_retraction
 
 EXAMPLES: list[tuple[Law, str, Callable[[], Stiefel], str]] = []
 

@@ -128,7 +128,9 @@ class FixedRank(Manifold):
             raise ShapeError("project_point needs a dense real matrix z of shape (*b, m, n).")
         _as_shape(z.shape, rank)
         if not bool(torch.isfinite(z).all()):
-            raise NotOnManifoldError("z holds NaN or Inf, and no matrix of rank r is nearest to it.")
+            raise NotOnManifoldError(
+                "z holds NaN or Inf, and no matrix of rank r is nearest to it; look where it was made."
+            )
         # float64: where singular values are close, float32 vectors are orthonormal to 1e-5 only.
         u, s, vh = torch.linalg.svd(z.double(), full_matrices=False)
         x = USV(u[..., :rank], torch.diag_embed(s[..., :rank]), vh[..., :rank, :].mT)
@@ -138,7 +140,8 @@ class FixedRank(Manifold):
     def to_dense(self, x: USV) -> Tensor:
         """W = U S V^T, (*b, m, n)."""
         x = _checked("x", x)
-        return x.U @ x.S @ x.V.mT
+        u, s, v = _lifted(x)
+        return (u @ s @ v.mT).to(x.U.dtype)
 
     def dim(self, *shape: int, rank: int) -> int:
         """Dimension of the manifold of (*b, m, n) matrices: (m + n - r) r for each."""
@@ -150,7 +153,7 @@ class FixedRank(Manifold):
     def project_tangent(self, x: USV, z: USV) -> USV:
         """(dU - U U^T dU, M, dV - V V^T dV): the orthogonal projection of coordinates (dU, M, dV)."""
         x, z = _checked("x", x, z=z)
-        return USV(z.U - x.U @ (x.U.mT @ z.U), z.S, z.V - x.V @ (x.V.mT @ z.V))
+        return _as_dtype(_tangent(_lifted(x), _lifted(z)), x.U.dtype)
 
     def project_dense(self, x: USV, z: Tensor) -> USV:
         """The tangent vector nearest to a dense (*b, m, n) z: M = U^T z V, Up = z V - U M, Vp = z^T U - V M^T."""
@@ -158,25 +161,37 @@ class FixedRank(Manifold):
         m, n = x.U.shape[-2], x.V.shape[-2]
         if not isinstance(z, Tensor) or z.shape != (*x.U.shape[:-2], m, n):
             raise ShapeError(f"z must be a dense tensor (*b, {m}, {n}) with the batch of the point.")
-        zv, ztu = z @ x.V, z.mT @ x.U
-        inner = x.U.mT @ zv
-        return USV(zv - x.U @ inner, inner, ztu - x.V @ inner.mT)
+        if z.dtype != x.U.dtype or z.device != x.U.device:
+            raise ShapeError(
+                f"z is {z.dtype} on {z.device} and x.U is {x.U.dtype} on {x.U.device}; convert it with .to(...)."
+            )
+        u, _, v = _lifted(x)
+        z = z.to(u.dtype)
+        zv, ztu = z @ v, z.mT @ u
+        inner = u.mT @ zv
+        return _as_dtype(USV(zv - u @ inner, inner, ztu - v @ inner.mT), x.U.dtype)
 
     def embed(self, x: USV, u: USV) -> Tensor:
         """The dense tangent matrix U M V^T + Up V^T + U Vp^T, (*b, m, n)."""
         x, u = _checked("x", x, u=u)
-        return (x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT
+        dtype = x.U.dtype
+        x, u = _lifted(x), _lifted(u)
+        return ((x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT).to(dtype)
 
     def random_tangent(self, x: USV, generator: torch.Generator | None = None) -> USV:
         """A tangent vector of unit norm."""
         x = _checked("x", x)
         source = x.U.device if generator is None else generator.device
+        lifted = _lifted(x)
         z = USV(
-            *(torch.randn(t.shape, dtype=t.dtype, device=source, generator=generator).to(t.device) for t in x)
+            *(
+                torch.randn(t.shape, dtype=t.dtype, device=source, generator=generator).to(t.device)
+                for t in lifted
+            )
         )
-        u = self.project_tangent(x, self.project_tangent(x, z))
-        size = self.norm(x, u)[..., None, None]
-        return USV(*(t / size for t in u))
+        u = _tangent(lifted, _tangent(lifted, z))
+        size = self.norm(lifted, u)[..., None, None]
+        return _as_dtype(USV(*(t / size for t in u)), x.U.dtype)
 
     def gradient(self, x: USV, egrad: USV) -> USV:
         """Riemannian gradient from the ordinary gradients of the three factors.
@@ -188,12 +203,16 @@ class FixedRank(Manifold):
         number of S. Layers that deliver G V and G^T U themselves (`RiemannLoRALinear`) need no inverse.
         """
         x, egrad = _checked("x", x, egrad=egrad)
-        return _unflatten(x, self._gradient(_flatten(x), _flatten(egrad), "factors"))
+        point, g = _flatten(x), _flatten(egrad)
+        overlap = gram(point.us, g.us), gram(point.vs, g.vs)
+        u = self._gradient(point, g, "factors", overlap)
+        return _unflatten(x, u._replace(s=u.s.clone()))
 
     def inner(self, x: USV, u: USV, v: USV) -> Tensor:
         """<u, v> = tr M^T M' + tr Up^T Up' + tr Vp^T Vp', the inner product of the dense matrices, (*b,)."""
         x, u, v = _checked("x", x, u=u, v=v)
-        return sum(((a * b).sum((-2, -1)) for a, b in zip(u, v, strict=True)), x.S.new_zeros(()))
+        pairs = zip(_lifted(u), _lifted(v), strict=True)
+        return torch.stack([(a * b).sum((-2, -1)) for a, b in pairs]).sum(0)
 
     def norm(self, x: USV, u: USV) -> Tensor:
         """Norm of a tangent vector, the Frobenius norm of the dense matrix, (*b,)."""
@@ -222,23 +241,37 @@ class FixedRank(Manifold):
 
     # On stacks
 
-    def _gradient(self, x: Factors, g: Factors, arriving: str, reduce: Reduce | None = None) -> Factors:
+    def _gradient(
+        self,
+        x: Factors,
+        g: Factors,
+        arriving: str,
+        overlap: tuple[Tensor, Tensor],
+        out: Factors | None = None,
+    ) -> Factors:
+        """The tangent coordinates of g, whose overlap is (U^T gU, V^T gV); U and V parts go to out."""
+        ku, kv = overlap
         if arriving == "factors":
             # In float64, through the singular values: S may be ill-conditioned.
             a, d, bh = torch.linalg.svd(x.s.double())
             damped = d / (d.square() + (torch.finfo(x.s.dtype).eps * d[..., :1]).square()).clamp_min(1e-300)
             inverse = ((bh.mT * damped[..., None, :]) @ a.mT).to(x.s.dtype)
             g = Factors(_times(g.us, inverse.mT), g.s, _times(g.vs, inverse))
-        ku, kv = gram(x.us, g.us, reduce), gram(x.vs, g.vs, reduce)
-        up = combine(g.us, x.us, ku, alpha=-1.0)
-        vp = combine(g.vs, x.vs, kv, alpha=-1.0)
+            ku, kv = ku @ inverse.mT, kv @ inverse
+        up = combine(g.us, x.us, ku, alpha=-1.0, out=None if out is None else out.us)
+        vp = combine(g.vs, x.vs, kv, alpha=-1.0, out=None if out is None else out.vs)
         return Factors(up, g.s, vp)
 
-    def _retract(self, x: Factors, d: Factors, reduce: Reduce | None = None) -> Factors:
+    def _retract(
+        self,
+        x: Factors,
+        d: Factors,
+        overlap: tuple[Tensor, Tensor] | None = None,
+        reduce: Reduce | None = None,
+    ) -> Factors:
         still = _is_zero(d)
-        y = rank_retractions.retract(
-            rank_retractions.get(self.retraction), x, d, floor=self.floor, reduce=reduce
-        )
+        retraction = rank_retractions.get(self.retraction)
+        y = rank_retractions.retract(retraction, x, d, overlap=overlap, floor=self.floor, reduce=reduce)
         if still is None:
             return y
         s = torch.where(still[:, None, None], x.s, y.s)
@@ -252,7 +285,7 @@ class FixedRank(Manifold):
         """Overwrite the stacks gs by tangent coordinates (Up, M, Vp); returns what every non-finite entry shows in."""
         x, g = _factors(xs), _factors(gs)
         shown = _shown(x, g, reduce)
-        _write(self._gradient(x, g, arriving, reduce), gs)
+        _write(self._gradient(x, g, arriving, _overlap(shown), out=g), gs)
         return shown
 
     def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
@@ -275,7 +308,8 @@ class FixedRank(Manifold):
         for m, scale in zip(ms, scales, strict=True):
             if scale != 1.0:
                 m.mul_(scale)
-        y = self._retract(_factors(xs), _factors(ms), reduce)
+        overlap = _overlap(e) if all(scale == 1.0 for scale in scales) else None
+        y = self._retract(_factors(xs), _factors(ms), overlap, reduce)
         return [(t, None) for t in _stacks(y)]
 
     def stacked_spectral(self, xs: Tall, ds: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
@@ -332,20 +366,31 @@ def _transported(x: Factors, y: Factors, v: Factors) -> Factors:
     a, b, c, d = gram(x.us, y.us), gram(v.us, y.us), gram(x.vs, y.vs), gram(v.vs, y.vs)
     right, left = v.s @ c + d, v.s.mT @ a + b
     m = a.mT @ right + b.mT @ c
-    up = combine(combine(_times(x.us, right), v.us, c), y.us, m, alpha=-1.0)
-    vp = combine(combine(_times(x.vs, left), v.vs, a), y.vs, m.mT, alpha=-1.0)
+    up, vp = _times(x.us, right), _times(x.vs, left)
+    for out, parts in ((up, ((v.us, c, 1.0), (y.us, m, -1.0))), (vp, ((v.vs, a, 1.0), (y.vs, m.mT, -1.0)))):
+        for tall, small, sign in parts:
+            combine(out, tall, small, alpha=sign, out=out)
     return Factors(up, m, vp)
 
 
 def _is_zero(d: Factors) -> Tensor | None:
     """Mask (B,) of the displacements that are exactly zero; on the CPU None when there is none."""
-    flat = [torch.cat([(t == 0).all(-1).all(-1) for t in part]) for part in (d.us, d.vs)]
-    mask = flat[0] & flat[1] & (d.s == 0).all(-1).all(-1)
+    mask = (d.s == 0).all(-1).all(-1)
+    if mask.device.type == "cpu" and not bool(mask.any()):
+        return None  # without a look at the tall parts
+    for part in (d.us, d.vs):
+        mask = mask & torch.cat([(t == 0).all(-1).all(-1) for t in part])
     return mask if mask.device.type != "cpu" or bool(mask.any()) else None
 
 
 def _shown(x: Factors, z: Factors, reduce: Reduce | None) -> Tensor:
     return torch.cat((gram(x.us, z.us, reduce), z.s, gram(x.vs, z.vs, reduce)), -1)
+
+
+def _overlap(shown: Tensor) -> tuple[Tensor, Tensor]:
+    """The outer two of the three matrices of `_shown`."""
+    r = shown.shape[-2]
+    return shown[..., :r], shown[..., 2 * r :]
 
 
 def _times(zs: Tall, t: Tensor) -> list[Tensor]:
@@ -367,6 +412,19 @@ def _write(x: Factors, out: Tall) -> None:
     for t, o in zip(_stacks(x), out, strict=True):
         if t is not o:
             o.copy_(t)
+
+
+def _lifted(x: USV) -> USV:
+    """Half precision as float32."""
+    return _as_dtype(x, compute_dtype(x.U.dtype))
+
+
+def _as_dtype(x: USV, dtype: torch.dtype) -> USV:
+    return USV(*(t.to(dtype) for t in x))
+
+
+def _tangent(x: USV, z: USV) -> USV:
+    return USV(z.U - x.U @ (x.U.mT @ z.U), z.S.clone(), z.V - x.V @ (x.V.mT @ z.V))
 
 
 def _flatten(x: USV) -> Factors:
