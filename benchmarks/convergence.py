@@ -16,7 +16,7 @@ from statistics import mean
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from benchmarks.convergence_tasks import Regression, Task, Text
@@ -88,8 +88,8 @@ class Race:
                 rate = min(tried, key=lambda record: record.validation_loss).learning_rate
                 self.records[method] = [self._train(method, rate, s, bars, bar) for s in range(self.seeds)]
 
-    def _train(self, method: str, rate: float, seed: int, bars: Progress, bar: object) -> Record:
-        return self.task.train(method, rate, seed, lambda: bars.advance(bar))  # type: ignore[arg-type]
+    def _train(self, method: str, rate: float, seed: int, bars: Progress, bar: TaskID) -> Record:
+        return self.task.train(method, rate, seed, lambda: bars.advance(bar))
 
     def shares(self, method: str) -> list[float | None]:
         """Steps to the baseline's last validation loss as a share of all, seed by seed; None where never reached."""

@@ -18,7 +18,7 @@ from benchmarks.finetune_methods import METHODS, Adapter, Rates
 from benchmarks.finetune_training import Plan, Record, Run, Scores, Step, train_in_turn
 from benchmarks.text_data import read_sentences, tokenize
 
-Tick = Callable[[], object]
+Tick = Callable[[], None]
 
 
 class Task(Protocol):
@@ -50,7 +50,7 @@ class Text:
         adapter = Adapter(self.rank, 2.0 * self.rank, ["query", "key", "value", "dense"])
         plan = Plan(adapter, head_rate=1e-3, steps=self.steps, batch_size=16, validations=12)
         run = Run(method, METHODS[method], self._encoder, self._sentences, plan, seed, rate)
-        train_in_turn([run], lambda _: None if tick() else None)
+        train_in_turn([run], lambda _: tick())
         run.finish()
         return run.record
 

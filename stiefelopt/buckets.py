@@ -25,6 +25,9 @@ from .shapes import HALF, compute_dtype, tolerance
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
 CPU_BUCKET_BYTES = 8 * 2**20
 
+# What torch.optim and most others call averages of squared gradients.
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
 # Transports tangent vectors, given as stacks, from the old points of the stacks of these indices to the new ones.
 Carry = Callable[[Sequence[int], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
@@ -234,7 +237,10 @@ class Bucket:
         return self._non_finite(k)
 
     def _non_finite(self, small: Tensor) -> list[Slot]:
-        if small.numel() == 0 or bool(small.abs().amax() <= self._limit):
+        # The norm first: one pass without a copy. It overflows before the entries do, and NaN and Inf stay in it.
+        if small.numel() == 0 or bool(torch.linalg.vector_norm(small) <= self._limit):
+            return []
+        if bool(small.abs().amax() <= self._limit):
             return []
         fine = (small.abs().amax((-2, -1)) <= self._limit).cpu()
         bad = []
@@ -276,8 +282,8 @@ class Bucket:
         ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift)
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
-        if carry is not None:
-            self._carry_moments(carry, moments)
+        self._carry(carry, moments)
+        self._carry(manifold.stacked_spreader(self.xs) if moments else None, SECOND_MOMENTS)
         return bad
 
     def squared_norms(self) -> tuple[float, float]:
@@ -307,8 +313,10 @@ class Bucket:
             overlap = manifold.stacked_decay(self.xs, self.work, overlap, decays)
         return overlap
 
-    def _carry_moments(self, carry: Carry, names: Sequence[str]) -> None:
-        """Transport the optimizer's first moments to the new points, which are in the work space."""
+    def _carry(self, carry: Carry | None, names: Sequence[str]) -> None:
+        """Carry the optimizer's moments of these names to the new points, which are in the work space."""
+        if carry is None:
+            return
         for name in names:
             found = [stack.moments(name) for stack in self.stacks]
             heads = range(0, len(found), self._parts)

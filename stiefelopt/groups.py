@@ -224,6 +224,6 @@ def _settings(
     decay = weight_decay if role in ("decayed", "scale") else 0.0
     if decay is not None:
         settings["weight_decay"] = decay
-    if weight_decay and _is_fixed_rank(keys):
+    if weight_decay is not None and _is_fixed_rank(keys):
         settings["manifold_decay"] = weight_decay
     return f"{role} {sorted(keys.items(), key=str)}", settings

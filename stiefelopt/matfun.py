@@ -35,6 +35,18 @@ def distance_from_identity(g: Tensor) -> float | None:
     return torch.linalg.matrix_norm(g.detach() - identity_like(g)).amax().item()
 
 
+def rough_distance_from_identity(g: Tensor) -> float | None:
+    """`distance_from_identity` without a copy of g, from ||g||^2 - 2 tr g + p: right to about (eps p)^(1/2)."""
+    if not host_can_look(g):
+        return None
+    if g.numel() == 0:
+        return 0.0
+    g = g.detach()
+    trace = g.diagonal(dim1=-2, dim2=-1).sum(-1).double()
+    square = torch.linalg.matrix_norm(g).double().square() - 2 * trace + g.shape[-1]
+    return math.sqrt(max(square.amax().item(), 0.0)) if bool(torch.isfinite(square).all()) else math.inf
+
+
 def iterations_needed(e: float, dtype: torch.dtype) -> int:
     """Newton-Schulz iterations that bring a residual e < 1 below a quarter of the unit roundoff.
 
@@ -87,10 +99,11 @@ def _inverse_sqrt_series(e: Tensor) -> Tensor | None:
     # e is symmetric, so ||e||_2^2 = ||e^2||_2: a bound nearer to the spectral norm.
     size = min(size, math.sqrt(torch.linalg.matrix_norm(square).amax().item()))
     if 5 / 16 * size**3 <= goal:
-        return torch.add(3 / 8 * square, e, alpha=-0.5)
+        return square.mul_(3 / 8).add_(e, alpha=-0.5)
     if 63 / 256 * size**5 <= goal:
-        tail = torch.add(35 / 128 * square, e, alpha=-5 / 16) + 3 / 8 * identity_like(e)
-        return torch.add(square @ tail, e, alpha=-0.5)
+        tail = torch.add(e.mul(-5 / 16), square, alpha=35 / 128)
+        tail.diagonal(dim1=-2, dim2=-1).add_(3 / 8)
+        return (square @ tail).add_(e, alpha=-0.5)
     return None
 
 

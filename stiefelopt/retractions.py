@@ -40,6 +40,7 @@ from .matfun import (
     expm,
     inverse_sqrt_increment,
     norm,
+    rough_distance_from_identity,
 )
 from .projections import svd_factor
 from .registry import Registry
@@ -198,9 +199,10 @@ def normalize(zs: Tall, r: Retraction, reduce: Reduce | None = None) -> list[Ope
     eps (1 + norm(u)^2) is repaired by the next step.
     """
     dtype = zs[0].dtype
+    measure = rough_distance_from_identity if r.radius == math.inf else distance_from_identity
     for turn in range(PASSES):
         g = gram(zs, zs, reduce)
-        far = distance_from_identity(g)
+        far = measure(g)
         if turn == 0:
             _check_radius(r, far)
         if far is not None and far > FAR and g.dtype == torch.float32:

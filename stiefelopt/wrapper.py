@@ -235,9 +235,8 @@ class RiemannianWrapper(Optimizer):
 
         Returns:
             "gradient_norm": Frobenius norm of all Riemannian gradients (NaN once ``.grad`` is gone);
-            "displacement_norm": of all changes of points; "skipped": how many "
-            "points ``nonfinite="skip"`` has left alone
-            so far. Cost: four tall products for each point, nothing when not called.
+            "displacement_norm": of all changes of points; "skipped": how many parameters ``nonfinite="skip"`` has left
+            alone so far. Cost: four tall products for each point, nothing when not called.
         """
         return self._core.diagnostics()
 

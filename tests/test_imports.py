@@ -18,7 +18,7 @@ ROOT = Path(stiefelopt.__file__).parent
 FLOORS = (
     ("errors",),
     ("registry", "shapes", "gram", "matfun", "distributed"),
-    ("metrics", "projections", "retractions", "rank_retractions", "transports"),
+    ("metrics", "projections", "retractions", "rank_retractions", "rank_transports", "transports"),
     ("manifolds",),
     ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
     ("groups", "wrapper", "optim", "layers"),

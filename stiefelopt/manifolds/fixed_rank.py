@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import rank_retractions
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, combine, gram, keep_where, split
+from ..gram import Reduce, Tall, combine, gram, keep_where, products, split
 from ..rank_retractions import Factors
+from ..rank_transports import spread, transported
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype
 from .base import Manifold, register
@@ -42,7 +43,8 @@ class FixedRank(Manifold):
     Args:
         retraction: "svd" (the nearest matrix of rank r), "orthographic", or a name registered with
             ``rank_retractions.register``.
-        transport: "projection" or "none": what `RiemannianWrapper` does with first moments.
+        transport: "projection" or "none": what `RiemannianWrapper` does with first moments; second moments, where
+            there are any (Adam's), are carried along as variances.
         floor: smallest singular value of S, relative to its largest, that a step may leave; what is smaller is
             raised. 0, the default, raises StepError where rank is lost.
 
@@ -237,7 +239,7 @@ class FixedRank(Manifold):
     def transport_vector(self, x: USV, u: USV, y: USV, v: USV) -> USV:
         """v, tangent at x, as a tangent vector at y = retract(x, u): the projection of the dense matrix."""
         x, u, y, v = _checked("x", x, u=u, y=y, v=v)
-        return _unflatten(y, _transported(_flatten(x), _flatten(y), _flatten(v)))
+        return _unflatten(y, transported(_flatten(x), _flatten(y), _flatten(v)))
 
     # On stacks
 
@@ -256,7 +258,7 @@ class FixedRank(Manifold):
             a, d, bh = torch.linalg.svd(x.s.double())
             damped = d / (d.square() + (torch.finfo(x.s.dtype).eps * d[..., :1]).square()).clamp_min(1e-300)
             inverse = ((bh.mT * damped[..., None, :]) @ a.mT).to(x.s.dtype)
-            g = Factors(_times(g.us, inverse.mT), g.s, _times(g.vs, inverse))
+            g = Factors(products(g.us, inverse.mT), g.s, products(g.vs, inverse))
             ku, kv = ku @ inverse.mT, kv @ inverse
         up = combine(g.us, x.us, ku, alpha=-1.0, out=None if out is None else out.us)
         vp = combine(g.vs, x.vs, kv, alpha=-1.0, out=None if out is None else out.vs)
@@ -328,7 +330,7 @@ class FixedRank(Manifold):
         )
         rate = torch.cat([m.new_full((len(s),), lr) for s, lr in zip(xs[1::3], rates[1::3], strict=True)])
         m, up, vp = ((rate[:, None, None] * t).to(x.s.dtype) for t in (m, up, vp))
-        _write(Factors(_times(us, up), m, _times(vs, vp)), ds)
+        _write(Factors(products(us, up), m, products(vs, vp)), ds)
         return _shown(x, _factors(ds), None)
 
     def stacked_decay(self, xs: Tall, ds: Tall, e: Tensor, decays: Sequence[float]) -> Tensor:
@@ -341,7 +343,7 @@ class FixedRank(Manifold):
     def stacked_distance(self, xs: Tall, ys: Tall) -> float:
         """Sum of ||W+ - W||_F^2 as [U+ S+ - U S, U S] [V+, V+ - V]^T, in which nothing cancels."""
         x, y = _factors(xs), _factors(ys)
-        before, after = _times(x.us, x.s), _times(y.us, y.s)
+        before, after = products(x.us, x.s), products(y.us, y.s)
         left = [torch.cat((b - a, a), -1) for a, b in zip(before, after, strict=True)]
         right = [torch.cat((b, b - a), -1) for a, b in zip(x.vs, y.vs, strict=True)]
         return (gram(left, left) * gram(right, right)).sum().item()
@@ -353,24 +355,16 @@ class FixedRank(Manifold):
         if self.transport == "none":
             return None
         return lambda index, ys, vs: _stacks(
-            _transported(_factors([xs[i] for i in index]), _factors(ys), _factors(vs))
+            transported(_factors([xs[i] for i in index]), _factors(ys), _factors(vs))
         )
 
-
-def _transported(x: Factors, y: Factors, v: Factors) -> Factors:
-    """The projection at y of v, tangent at x.
-
-    With a = U^T U+, b = Up^T U+, c = V^T V+, d = Vp^T V+: M+ = a^T (M c + d) + b^T c,
-    Up+ = U (M c + d) + Up c - U+ M+, Vp+ = V (M^T a + b) + Vp a - V+ M+^T.
-    """
-    a, b, c, d = gram(x.us, y.us), gram(v.us, y.us), gram(x.vs, y.vs), gram(v.vs, y.vs)
-    right, left = v.s @ c + d, v.s.mT @ a + b
-    m = a.mT @ right + b.mT @ c
-    up, vp = _times(x.us, right), _times(x.vs, left)
-    for out, parts in ((up, ((v.us, c, 1.0), (y.us, m, -1.0))), (vp, ((v.vs, a, 1.0), (y.vs, m.mT, -1.0)))):
-        for tall, small, sign in parts:
-            combine(out, tall, small, alpha=sign, out=out)
-    return Factors(up, m, vp)
+    def stacked_spreader(self, xs: Tall) -> Callable[[Sequence[int], Tall, Tall], list[Tensor]] | None:
+        """The same for second moments."""
+        if self.transport == "none":
+            return None
+        return lambda index, ys, vs: _stacks(
+            spread(_factors([xs[i] for i in index]), _factors(ys), _factors(vs))
+        )
 
 
 def _is_zero(d: Factors) -> Tensor | None:
@@ -391,10 +385,6 @@ def _overlap(shown: Tensor) -> tuple[Tensor, Tensor]:
     """The outer two of the three matrices of `_shown`."""
     r = shown.shape[-2]
     return shown[..., :r], shown[..., 2 * r :]
-
-
-def _times(zs: Tall, t: Tensor) -> list[Tensor]:
-    return [torch.bmm(z, s) for z, s in zip(zs, split(t, zs), strict=True)]
 
 
 def _factors(stacks: Tall) -> Factors:

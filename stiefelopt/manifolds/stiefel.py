@@ -212,7 +212,8 @@ class Stiefel(Manifold):
     def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
         """x^T m - I, (B, p, p), for moved points m: x^T d of the displacement, where a non-finite one shows."""
         w = gram(xs, ms, reduce)
-        return w - identity_like(w)
+        w.diagonal(dim1=-2, dim2=-1).sub_(1)
+        return w
 
     def stacked_move(
         self,
@@ -256,6 +257,9 @@ class Stiefel(Manifold):
             us = projections.get(self.projection).apply(xs, us)
         return lambda index, ys, vs: transport.apply([xs[i] for i in index], [us[i] for i in index], ys, vs)
 
+    def stacked_spreader(self, xs: Tall) -> None:
+        """Second moments stay as they are: no coordinate becomes another here, and StelLA transports nothing."""
+
     def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
         """Give every displacement, made tangent, the singular values rate instead of its own; returns the overlap.
 
@@ -285,8 +289,10 @@ def _projected(xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float]) -> list[T
     """x + s (d - x sym(x^T d)) with d = m - x as s m + x ((1 - s) I - s sym(e)): one product, no pass for d."""
     zs = []
     for x, m, small, s in zip(xs, ms, split(sym(e), xs), scales, strict=True):
-        t = -small if s == 1.0 else (1 - s) * identity_like(small) - s * small
-        zs.append(torch.baddbmm(m, x, t, beta=s, out=m))
+        if s == 1.0:
+            zs.append(torch.baddbmm(m, x, small, alpha=-1, out=m))
+        else:
+            zs.append(torch.baddbmm(m, x, (1 - s) * identity_like(small) - s * small, beta=s, out=m))
     return zs
 
 

@@ -1,0 +1,57 @@
+"""How an optimizer's moments come along to the next point of the fixed-rank manifold.
+
+First moments are tangent vectors, carried by projection. That is a linear map of their entries, so second moments are
+carried as the variances of independent entries are: by the squares of its coefficients. Without this Adam is lost: the
+projection mixes large entries of the first moment into places where the second one is small, and the step,
+m / sqrt(v), grows without bound.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .gram import Tall, combine, gram, products
+from .rank_retractions import Factors
+
+
+def transported(x: Factors, y: Factors, v: Factors) -> Factors:
+    """The projection at y of v, tangent at x.
+
+    With a = U^T U+, b = Up^T U+, c = V^T V+, d = Vp^T V+: M+ = a^T (M c + d) + b^T c,
+    Up+ = U (M c + d) + Up c - U+ M+, Vp+ = V (M^T a + b) + Vp a - V+ M+^T.
+
+    Cost: ten tall products.
+    """
+    a, b, c, d = gram(x.us, y.us), gram(v.us, y.us), gram(x.vs, y.vs), gram(v.vs, y.vs)
+    right, left = v.s @ c + d, v.s.mT @ a + b
+    m = a.mT @ right + b.mT @ c
+    up, vp = products(x.us, right), products(x.vs, left)
+    for out, parts in ((up, ((v.us, c, 1.0), (y.us, m, -1.0))), (vp, ((v.vs, a, 1.0), (y.vs, m.mT, -1.0)))):
+        for tall, small, sign in parts:
+            combine(out, tall, small, alpha=sign, out=out)
+    return Factors(up, m, vp)
+
+
+def spread(x: Factors, y: Factors, v: Factors) -> Factors:
+    """Variances v of the entries of a vector tangent at x, as those of its projection at y.
+
+    Squares are entrywise, and Ru = (U+ - U a)^2, Rv = (V+ - V c)^2 is how the factors have turned away from
+    themselves: b = v_U^T Ru, d = v_V^T Rv, M+ = (a^2)^T (M c^2 + d) + b^T c^2,
+    Up+ = Up c^2 + Ru (M c^2 + d), Vp+ = Vp a^2 + Rv (M^T a^2 + b).
+
+    Cost: ten tall products.
+    """
+    a, c = gram(x.us, y.us), gram(x.vs, y.vs)
+    ru, rv = _turned(x.us, y.us, a), _turned(x.vs, y.vs, c)
+    a, c = a.square(), c.square()
+    b, d = gram(v.us, ru), gram(v.vs, rv)
+    right, left = v.s @ c + d, v.s.mT @ a + b
+    up, vp = products(v.us, c), products(v.vs, a)
+    combine(up, ru, right, out=up)
+    combine(vp, rv, left, out=vp)
+    return Factors(up, a.mT @ right + b.mT @ c, vp)
+
+
+def _turned(xs: Tall, ys: Tall, a: Tensor) -> list[Tensor]:
+    """(y - x a)^2, entrywise."""
+    return [r.square_() for r in combine(ys, xs, a, alpha=-1.0)]
