@@ -109,16 +109,17 @@ def _panel(axes: Axes, curves: dict[str, Curve], marker: str) -> None:
 
 def _label_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     """The method's name beside the end of its line, pushed up where two would overlap."""
-    low, high = axes.get_ylim()
-    gap = 0.06 * (high - low)
-    height = low
-    for name, (step, value, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
-        height = max(value, height + gap)
+    to_axes = axes.transData + axes.transAxes.inverted()  # shares of the panel, whatever its scale
+    places = {name: float(to_axes.transform((step, value))[1]) for name, (step, value, _) in ends.items()}
+    height = -1.0
+    for name in sorted(ends, key=places.__getitem__):
+        step, value, colour = ends[name]
+        height = max(places[name], height + 0.06)
         axes.annotate(
             name,
             (step, value),
             xytext=(1.02, height),
-            textcoords=axes.get_yaxis_transform(),
+            textcoords="axes fraction",
             color=colour,
             va="center",
             fontweight="bold",

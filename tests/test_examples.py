@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from examples import copying_rnn, digits
+from examples import completion, copying_rnn, digits
 
 
 @pytest.fixture(autouse=True)
@@ -19,15 +19,19 @@ def _same_number_of_threads_afterwards():
 
 
 @pytest.mark.parametrize(
-    ("example", "arguments"),
-    [(copying_rnn, ["--steps", "3", "--blanks", "5"]), (digits, ["--epochs", "1", "--seeds", "2"])],
-    ids=["copying_rnn", "digits"],
+    ("example", "arguments", "said"),
+    [
+        (copying_rnn, ["--steps", "3", "--blanks", "5"], "orthonormal"),
+        (digits, ["--epochs", "1", "--seeds", "2"], "orthonormal"),
+        (completion, ["--steps", "10"], "manifold"),
+    ],
+    ids=["copying_rnn", "digits", "completion"],
 )
-def test_example_runs(example, arguments, tmp_path, monkeypatch, capsys):
+def test_example_runs(example, arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["example", *arguments, "--output", str(tmp_path / "new")])
     example.main()
     shown = capsys.readouterr().out
-    assert "orthonormal" in shown
+    assert said in shown
     assert "Saved" in shown
     assert [picture.stat().st_size > 10_000 for picture in (tmp_path / "new").iterdir()] == [True]
 
@@ -64,3 +68,12 @@ def test_the_constrained_cell_solves_the_task_and_the_plain_one_does_not():
             copying_rnn.train_step(student, *data)
     assert kept.recalled[-1] > 0.9
     assert plain.recalled[-1] < 0.3
+
+
+def test_the_point_fills_in_the_matrix_sooner_than_the_factors():
+    problem = completion.make_problem(0)
+    errors = {
+        name: list(completion.train(make(problem.start(), 0.1), problem, 150))
+        for name, make in completion.STUDENTS.items()
+    }
+    assert errors["manifold"][-1] < 1e-3 < errors["two factors"][-1]
