@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in args.tasks:
             race = Race(TASKS[name](args.steps), args.methods, args.seeds)
             found[name] = race
-            race.run(console)
+            race.run(console, keep=lambda: save(folder, found, args))
             console.print(race.table())
             save(folder, found, args)
     except KeyboardInterrupt:
@@ -78,7 +78,7 @@ class Race:
         self.sweep: list[Record] = []
         self.records: dict[str, list[Record]] = {}
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console, keep: Callable[[], object]) -> None:
         runs = len(self.methods) * (len(self.task.rates) + self.seeds)
         with Progress(console=console) as bars:
             bar = bars.add_task(self.task.name, total=runs * self.task.steps)
@@ -87,6 +87,7 @@ class Race:
                 self.sweep += tried
                 rate = min(tried, key=lambda record: record.validation_loss).learning_rate
                 self.records[method] = [self._train(method, rate, s, bars, bar) for s in range(self.seeds)]
+                keep()
 
     def _train(self, method: str, rate: float, seed: int, bars: Progress, bar: TaskID) -> Record:
         return self.task.train(method, rate, seed, lambda: bars.advance(bar))

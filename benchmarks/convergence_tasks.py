@@ -48,7 +48,7 @@ class Text:
 
     def train(self, method: str, rate: float, seed: int, tick: Tick) -> Record:
         adapter = Adapter(self.rank, 2.0 * self.rank, ["query", "key", "value", "dense"])
-        plan = Plan(adapter, head_rate=1e-3, steps=self.steps, batch_size=16, validations=12)
+        plan = Plan(adapter, head_rate=1e-3, steps=self.steps, batch_size=16, validations=8)
         run = Run(method, METHODS[method], self._encoder, self._sentences, plan, seed, rate)
         train_in_turn([run], lambda _: tick())
         run.finish()
