@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import stiefelopt
 from stiefelopt import RiemannianWrapper, Riemannion, RiemannLoRALinear, StelLALinear, loi_init
+from stiefelopt.layers import LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -63,34 +64,17 @@ def adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Opti
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def stella(init: str) -> Callable[[nn.Module, Adapter], nn.Module]:
-    """StelLA (arXiv 2510.01938) with one of the initializations of its table of ablations."""
+def ours(layer: Callable[..., LowRankLinear], **options: Any) -> Callable[[nn.Module, Adapter], nn.Module]:
+    """StelLA (arXiv 2510.01938) or RiemannLoRA (arXiv 2507.12142), by the layer's own options."""
 
     def adapt(encoder: nn.Module, adapter: Adapter) -> nn.Module:
         return stiefelopt.adapt(
             encoder,
-            StelLALinear,
+            layer,
             target_modules=adapter.targets,
             r=adapter.rank,
             alpha=adapter.alpha,
-            init=init,
-        )
-
-    return adapt
-
-
-def riemann_lora(correction: str | None = None) -> Callable[[nn.Module, Adapter], nn.Module]:
-    """RiemannLoRA (arXiv 2507.12142): U S V^T as one point of the manifold of fixed-rank matrices."""
-
-    def adapt(encoder: nn.Module, adapter: Adapter) -> nn.Module:
-        return stiefelopt.adapt(
-            encoder,
-            RiemannLoRALinear,
-            target_modules=adapter.targets,
-            r=adapter.rank,
-            alpha=adapter.alpha,
-            init="loi",
-            correction=correction,
+            **options,
         )
 
     return adapt
@@ -120,15 +104,22 @@ METHODS: dict[str, Method] = {
     "dora": Method(lora(use_dora=True), adamw, learning_rate=1e-3),
     "pissa": Method(lora(init_lora_weights="pissa"), adamw, learning_rate=1e-3),
     "olora": Method(lora(init_lora_weights="olora"), adamw, learning_rate=1e-3),
-    "stella": Method(stella("random"), riemannian_adamw, learning_rate=1e-3),
-    "stella-zero": Method(stella("zero"), riemannian_adamw, learning_rate=1e-3),
-    "stella-pseudo-zero": Method(stella("pseudo-zero"), riemannian_adamw, learning_rate=1e-3),
-    "stella-svd-major": Method(stella("svd-major"), riemannian_adamw, learning_rate=1e-3),
-    "stella-svd-minor": Method(stella("svd-minor"), riemannian_adamw, learning_rate=1e-3),
-    "riemannlora": Method(riemann_lora(), riemannian_adamw, learning_rate=1e-3, start=locally_optimal),
-    "riemannlora-keep": Method(
-        riemann_lora("keep"), riemannian_adamw, learning_rate=1e-3, start=locally_optimal
+    "stella": Method(ours(StelLALinear, init="random"), riemannian_adamw, learning_rate=1e-3),
+    "stella-zero": Method(ours(StelLALinear, init="zero"), riemannian_adamw, learning_rate=1e-3),
+    "stella-pseudo-zero": Method(
+        ours(StelLALinear, init="pseudo-zero"), riemannian_adamw, learning_rate=1e-3
     ),
-    "riemannlora-random": Method(riemann_lora(), riemannian_adamw, learning_rate=1e-3),
-    "riemannion": Method(riemann_lora(), riemannion, learning_rate=1e-2, start=locally_optimal),
+    "stella-svd-major": Method(ours(StelLALinear, init="svd-major"), riemannian_adamw, learning_rate=1e-3),
+    "stella-svd-minor": Method(ours(StelLALinear, init="svd-minor"), riemannian_adamw, learning_rate=1e-3),
+    "riemannlora": Method(
+        ours(RiemannLoRALinear), riemannian_adamw, learning_rate=1e-3, start=locally_optimal
+    ),
+    "riemannlora-keep": Method(
+        ours(RiemannLoRALinear, correction="keep"),
+        riemannian_adamw,
+        learning_rate=1e-3,
+        start=locally_optimal,
+    ),
+    "riemannlora-random": Method(ours(RiemannLoRALinear), riemannian_adamw, learning_rate=1e-3),
+    "riemannion": Method(ours(RiemannLoRALinear), riemannion, learning_rate=1e-2, start=locally_optimal),
 }

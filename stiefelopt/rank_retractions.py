@@ -91,6 +91,12 @@ def register(name: str, *, order: int = 1) -> Callable[[Small], RankRetraction]:
     return lambda function: _registry.add(name, RankRetraction(name, function, order))
 
 
+def _core_svd(c: Tensor, hu: Tensor, hv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of [[c, hv^(1/2)], [hu^(1/2), 0]], (B, 2r, 2r)."""
+    ru, rv = symmetric_root(torch.cat((hu, hv))).chunk(2)
+    return torch.linalg.svd(torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2))
+
+
 @register("svd", order=2)
 def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     r"""The rank-r matrix nearest to W + xi: a truncated SVD of the 2r x 2r core [[c, hv^(1/2)], [hu^(1/2), 0]].
@@ -99,10 +105,7 @@ def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     no inverse of the roots. Reference: Vandereycken (2013), algorithm 6; Absil & Oseledets (2015), section 3.
     """
     r = c.shape[-1]
-    roots = symmetric_root(torch.cat((hu, hv)))
-    ru, rv = roots[: len(hu)], roots[len(hu) :]
-    core = torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2)
-    k, d, lh = torch.linalg.svd(core)
+    k, d, lh = _core_svd(c, hu, hv)
     k1, l1, d = k[..., :r, :r], lh[..., :r, :r].mT, d[..., :r]
     # A singular value at rounding level has no direction to divide by; the rank is judged by the caller.
     kept = d > torch.finfo(d.dtype).eps * d[..., :1]
@@ -138,11 +141,8 @@ def spectral(m: Tensor, hu: Tensor, hv: Tensor, eps: float) -> tuple[Tensor, Ten
     largest in Up and Vp, whose Grams hu, hv were computed with a rounding of eps.
     """
     r = m.shape[-1]
-    roots = symmetric_root(torch.cat((hu, hv)))
     inverses = inverse_symmetric_root(torch.cat((hu, hv)), eps)
-    ru, rv = roots[: len(hu)], roots[len(hu) :]
-    core = torch.cat((torch.cat((m, rv), -1), torch.cat((ru, torch.zeros_like(m)), -1)), -2)
-    k, d, lh = torch.linalg.svd(core)
+    k, d, lh = _core_svd(m, hu, hv)
     kept = d > eps * d[..., :1].clamp_min(torch.finfo(d.dtype).tiny)
     sign = (k * kept[..., None, :]) @ lh
     return (
