@@ -7,7 +7,7 @@ small enough for the cache, so that the passes after the first cost little; on a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from .errors import StepError
 from .gram import split
+from .manifolds.base import Carry
 from .placement import Placement
 from .precision import Masters
 from .retractions import OpenSum
@@ -27,9 +28,6 @@ CPU_BUCKET_BYTES = 8 * 2**20
 
 # What torch.optim and most others call averages of squared gradients.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-
-# Transports tangent vectors, given as stacks, from the old points of the stacks of these indices to the new ones.
-Carry = Callable[[Sequence[int], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(eq=False)
@@ -282,8 +280,9 @@ class Bucket:
         ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift)
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
-        self._carry(carry, moments)
-        self._carry(manifold.stacked_spreader(self.xs) if moments else None, SECOND_MOMENTS)
+        if carry is not None:
+            self._carry(carry.vectors, moments)
+            self._carry(carry.variances, SECOND_MOMENTS)
         return bad
 
     def squared_norms(self) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from stiefelopt import USV, FixedRank, RiemannianWrapper, StepError, attach, rank_retractions
 from stiefelopt.rank_laws import RankCase
 from stiefelopt.rank_retractions import Factors
-from stiefelopt.rank_transports import spread, transported
+from stiefelopt.rank_transports import Turn, spread, transported
 from tests.test_wrapper_optimizers import VARIANTS, Variant
 
 torch.set_num_threads(1)
@@ -562,7 +562,7 @@ def _as_usv(x: Factors) -> USV:
 def test_variances_stay_where_the_point_stays() -> None:
     x, _ = _moved(0, 1.0)
     v = USV(*(torch.rand_like(t) for t in x))
-    for before, after in zip(v, _as_usv(spread(_factors(x), _factors(x), _factors(v))), strict=True):
+    for before, after in zip(v, _as_usv(spread(Turn(_factors(x), _factors(x)), _factors(v))), strict=True):
         torch.testing.assert_close(after[0], before, rtol=1e-12, atol=1e-14)
 
 
@@ -571,7 +571,7 @@ def test_variances_follow_columns_that_change_places() -> None:
     v = USV(*(torch.rand_like(t) for t in x))
     left, right = torch.eye(3, dtype=torch.float64)[[1, 2, 0]], torch.eye(3, dtype=torch.float64)[[0, 2, 1]]
     y = USV(x.U @ left, left.T @ x.S @ right, x.V @ right)
-    got = _as_usv(spread(_factors(x), _factors(y), _factors(v)))
+    got = _as_usv(spread(Turn(_factors(x), _factors(y)), _factors(v)))
     expected = USV(v.U @ right, left.T @ v.S @ right, v.V @ left)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a[0], b, rtol=1e-12, atol=1e-14)
@@ -587,8 +587,8 @@ def test_variances_are_those_of_transported_samples(size: float) -> None:
     z = USV(*(torch.randn(count, *t.shape, generator=g, dtype=torch.float64) * t.sqrt() for t in v))
     points = _factors(x, count), _factors(y, count)
     tangent = FixedRank().project_tangent(USV(*(t.expand(count, *t.shape) for t in x)), z)
-    sampled = _as_usv(transported(*points, Factors([tangent.U], tangent.S, [tangent.V])))
-    said = _as_usv(spread(_factors(x), _factors(y), _factors(v)))
+    sampled = _as_usv(transported(Turn(*points), Factors([tangent.U], tangent.S, [tangent.V])))
+    said = _as_usv(spread(Turn(_factors(x), _factors(y)), _factors(v)))
     for part, expected in zip(sampled, said, strict=True):
         ratio = part.var(dim=0) / expected[0]
         assert 0.85 < ratio.mean() < 1.1  # tangency takes r of m or n dimensions, 5 to 8 %

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from ..errors import ConfigError, UnknownNameError
 from ..registry import Registry
@@ -13,6 +15,20 @@ M = TypeVar("M", bound="Manifold")
 
 _registry: Registry[type[Manifold]] = Registry("manifold")
 names, get = _registry.names, _registry.get
+
+
+# From (indices of the stacks, the new points, what lives at the old ones) to what lives at the new ones.
+Carry = Callable[[Sequence[int], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+
+
+class Carrier(NamedTuple):
+    """Carries an optimizer's moments to the new points: first moments as vectors, second ones as variances.
+
+    None where these stay as they are.
+    """
+
+    vectors: Carry
+    variances: Carry | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,10 +14,10 @@ from .. import rank_retractions
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall, combine, gram, keep_where, products, split
 from ..rank_retractions import Factors
-from ..rank_transports import spread, transported
+from ..rank_transports import Turn, spread, transported
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype
-from .base import Manifold, register
+from .base import Carrier, Manifold, register
 from .stiefel import Stiefel
 
 TRANSPORTS = ("projection", "none")
@@ -239,7 +239,7 @@ class FixedRank(Manifold):
     def transport_vector(self, x: USV, u: USV, y: USV, v: USV) -> USV:
         """v, tangent at x, as a tangent vector at y = retract(x, u): the projection of the dense matrix."""
         x, u, y, v = _checked("x", x, u=u, y=y, v=v)
-        return _unflatten(y, transported(_flatten(x), _flatten(y), _flatten(v)))
+        return _unflatten(y, transported(Turn(_flatten(x), _flatten(y)), _flatten(v)))
 
     # On stacks
 
@@ -348,22 +348,21 @@ class FixedRank(Manifold):
         right = [torch.cat((b, b - a), -1) for a, b in zip(x.vs, y.vs, strict=True)]
         return (gram(left, left) * gram(right, right)).sum().item()
 
-    def stacked_transporter(
-        self, xs: Tall, ms: Tall, scales: Sequence[float]
-    ) -> Callable[[Sequence[int], Tall, Tall], list[Tensor]] | None:
-        """``carry(index, ys, vs)`` from the stacks xs[i] to ys; None for "none"."""
+    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+        """What carries moments from the stacks xs to the new ones; None for "none"."""
         if self.transport == "none":
             return None
-        return lambda index, ys, vs: _stacks(
-            transported(_factors([xs[i] for i in index]), _factors(ys), _factors(vs))
-        )
+        turns: dict[tuple[int, ...], Turn] = {}
 
-    def stacked_spreader(self, xs: Tall) -> Callable[[Sequence[int], Tall, Tall], list[Tensor]] | None:
-        """The same for second moments."""
-        if self.transport == "none":
-            return None
-        return lambda index, ys, vs: _stacks(
-            spread(_factors([xs[i] for i in index]), _factors(ys), _factors(vs))
+        def turn(index: Sequence[int], ys: Tall) -> Turn:
+            key = tuple(index)
+            if key not in turns:
+                turns[key] = Turn(_factors([xs[i] for i in index]), _factors(ys))
+            return turns[key]
+
+        return Carrier(
+            lambda index, ys, vs: _stacks(transported(turn(index, ys), _factors(vs))),
+            lambda index, ys, vs: _stacks(spread(turn(index, ys), _factors(vs))),
         )
 
 

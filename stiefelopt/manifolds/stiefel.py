@@ -16,7 +16,7 @@ from ..gram import Reduce, Tall, gram, identity_like, split, sym, unmoved_matric
 from ..matfun import inverse_symmetric_root
 from ..retractions import OpenSum, normalize
 from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance, without_autocast
-from .base import Manifold, register
+from .base import Carrier, Manifold, register
 
 _FAMILIES = {"metric": metrics, "retraction": retractions, "transport": transports, "projection": projections}
 
@@ -243,22 +243,19 @@ class Stiefel(Manifold):
             ds = projections.get(self.projection).apply(xs, ds, reduce=reduce, out=ds)
         return [(y, None) for y in self._retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
 
-    def stacked_transporter(
-        self, xs: Tall, ms: Tall, scales: Sequence[float]
-    ) -> Callable[[Sequence[int], Tall, Tall], list[Tensor]] | None:
-        """``carry(index, ys, vs)`` from the stacks xs[i] to ys, made before `stacked_move` overwrites ms."""
+    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+        """What carries first moments from the stacks xs to the new ones, made before `stacked_move` overwrites ms."""
         if self.transport == "none":
             return None
         transport = transports.get(self.transport)
         if transport.form == "gram":
-            return lambda index, ys, vs: transport.apply(ys, ys, ys, vs)
+            return Carrier(lambda index, ys, vs: transport.apply(ys, ys, ys, vs))
         us = _scaled_displacements(xs, ms, scales)
         if self.projection != "none":
             us = projections.get(self.projection).apply(xs, us)
-        return lambda index, ys, vs: transport.apply([xs[i] for i in index], [us[i] for i in index], ys, vs)
-
-    def stacked_spreader(self, xs: Tall) -> None:
-        """Second moments stay as they are: no coordinate becomes another here, and StelLA transports nothing."""
+        return Carrier(
+            lambda index, ys, vs: transport.apply([xs[i] for i in index], [us[i] for i in index], ys, vs)
+        )
 
     def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
         """Give every displacement, made tangent, the singular values rate instead of its own; returns the overlap.
