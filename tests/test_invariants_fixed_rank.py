@@ -291,3 +291,20 @@ def test_check_retraction_catches_an_order_that_is_too_high() -> None:
     """Not for orthographic, whose error is normal at W to every order."""
     with pytest.raises(AssertionError, match=r"^law_rank_order.*order 3 needs"):
         check_retraction(rank_retractions.get("svd"), order=3)
+
+
+def test_autocast_rounds_nothing() -> None:
+    m = FixedRank()
+    x = m.random_point(40, 30, rank=4)
+    u, v = m.random_tangent(x), m.random_tangent(x)
+    z = torch.randn(40, 30)
+
+    def everything() -> list[torch.Tensor]:
+        y = m.retract(x, u)
+        found = [*y, *m.transport_vector(x, u, y, v), *m.gradient(x, v), *m.project_tangent(x, v)]
+        return [*found, *m.project_dense(x, z), m.embed(x, u), m.to_dense(x), m.inner(x, u, v), m.residual(x)]
+
+    plain = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = everything()
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
