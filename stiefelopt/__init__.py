@@ -1,4 +1,4 @@
-"""stiefelopt: any torch optimizer on the Stiefel manifold, at nearly the price of its own step."""
+"""stiefelopt: any torch optimizer on the Stiefel manifold or at fixed rank, at nearly the price of its own step."""
 
 from . import (
     errors,

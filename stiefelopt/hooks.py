@@ -9,8 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from .errors import ConfigError
-from .manifold_step import ManifoldStep, saved_groups
-from .manifolds import from_spec
+from .manifold_step import ManifoldStep, write_specs
 from .precision import reload
 
 # The function that torch puts around every optimizer's step to run the hooks.
@@ -84,9 +83,7 @@ class AttachedHooks:
 
     def after_save(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Post-hook of state_dict: specs of its own, or ConfigError where a live function has none."""
-        for saved in saved_groups(state_dict):
-            if saved.get("manifold") is not None:
-                saved["manifold"] = dict(from_spec(saved["manifold"]).spec())
+        write_specs(state_dict)
 
     def before_load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Pre-hook of load_state_dict. Nothing may change yet: without success there is no post-hook."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .buckets import Bucket, Slot, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
-from .manifolds import Manifold
+from .manifolds import Manifold, from_spec
 from .placement import KEYS, Placement, check_point, point_of, read_placement, resolve_orientation
 from .shapes import without_autocast
 from .snapshot import Snapshot
@@ -39,7 +39,18 @@ def settings_of(group: Mapping[str, Any]) -> Settings:
     return {key: dict(value) if isinstance(value, dict) else value for key, value in found.items()}
 
 
-def saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+def write_specs(state: Mapping[str, Any]) -> None:
+    """Let the groups of a state_dict hold specs of their own.
+
+    Raises:
+        ConfigError: a group's retraction is a live function, which has none; register it.
+    """
+    for saved in _saved_groups(state):
+        if saved.get("manifold") is not None:
+            saved["manifold"] = dict(from_spec(saved["manifold"]).spec())
+
+
+def _saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The groups in a state_dict. An optimizer around another (Lookahead) keeps that one's state_dict in its own."""
     for found in (state, *state.values()):
         if isinstance(found, Mapping) and "param_groups" in found:
@@ -324,7 +335,8 @@ def _has_gradients(point: Sequence[Slot]) -> bool:
 
 def _check_gradients(slots: Sequence[Slot]) -> None:
     for slot in slots:
-        if slot.p.grad is not None and slot.p.grad.layout != torch.strided:
+        assert slot.p.grad is not None
+        if slot.p.grad.layout != torch.strided:
             raise ConfigError(
                 f"parameter {slot.label!r} has a {slot.p.grad.layout} gradient; a manifold needs a "
                 "dense one: build the "

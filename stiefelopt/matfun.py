@@ -1,7 +1,8 @@
 """Functions of p x p matrices, batched: inverse square root, Cholesky inverse, balanced exponential.
 
-No LAPACK eigensolver: Newton-Schulz iterations are matrix products, run at GEMM speed on every device, and
-stay differentiable at repeated eigenvalues, where the derivative of an eigendecomposition is not.
+No LAPACK eigensolver on the default step: Newton-Schulz iterations are matrix products, run at GEMM speed on every
+device, and stay differentiable at repeated eigenvalues, where the derivative of an eigendecomposition is not. Only
+what may be singular goes by its eigenvalues: roots of the Grams of tangent vectors (fixed rank, spectral directions).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .gram import identity_like
 # Iterations of the scaled coupled iteration that turn any condition number up to about 1e4 into full float32
 # accuracy; used where the host must not look at the data.
 BLIND_ITERATIONS = 16
+
+Eigen = tuple[Tensor, Tensor]  # eigenvalues, ascending, and eigenvectors
 
 
 def host_can_look(a: Tensor) -> bool:
@@ -172,24 +175,27 @@ def accretive_inverse(a: Tensor) -> Tensor:
     return torch.cholesky_solve(a.mT, torch.linalg.cholesky_ex(a.mT @ a).L)
 
 
-def symmetric_root(h: Tensor) -> Tensor:
-    """h^(1/2) of symmetric positive semidefinite matrices (*b, p, p), by eigh; not differentiable where they are equal.
+def symmetric_root(eigen: Eigen) -> Tensor:
+    """h^(1/2) of symmetric positive semidefinite matrices (*b, p, p); not differentiable at equal eigenvalues.
 
     Negative eigenvalues, which rounding gives to a Gram of dependent columns, count as zero.
+
+    Args:
+        eigen: torch.linalg.eigh(h).
     """
-    values, vectors = torch.linalg.eigh(h)
+    values, vectors = eigen
     return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
 
 
-def inverse_symmetric_root(h: Tensor, eps: float) -> Tensor:
+def inverse_symmetric_root(eigen: Eigen, eps: float) -> Tensor:
     """The pseudo-inverse of h^(1/2): directions whose eigenvalue is below rounding stay zero.
 
     Args:
-        h: (*b, p, p), a Gram, symmetric positive semidefinite.
+        eigen: torch.linalg.eigh(h), h (*b, p, p) a Gram, symmetric positive semidefinite.
         eps: of the precision that the Gram was computed in; an eigenvalue counts from that part of the largest on.
     """
-    values, vectors = torch.linalg.eigh(h)
-    kept = values > eps * values[..., -1:].clamp_min(torch.finfo(h.dtype).tiny)
+    values, vectors = eigen
+    kept = values > eps * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
     inverse = torch.where(kept, values, torch.ones_like(values)).rsqrt() * kept
     return (vectors * inverse[..., None, :]) @ vectors.mT
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import StepError
 from .gram import Reduce, Tall, combine, gram, identity_like
 from .matfun import (
+    Eigen,
     distance_from_identity,
     host_can_look,
     inverse_sqrt_increment,
@@ -91,9 +92,9 @@ def register(name: str, *, order: int = 1) -> Callable[[Small], RankRetraction]:
     return lambda function: _registry.add(name, RankRetraction(name, function, order))
 
 
-def _core_svd(c: Tensor, hu: Tensor, hv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of [[c, hv^(1/2)], [hu^(1/2), 0]], (B, 2r, 2r)."""
-    ru, rv = symmetric_root(torch.cat((hu, hv))).chunk(2)
+def _core_svd(c: Tensor, eigen: Eigen) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of [[c, hv^(1/2)], [hu^(1/2), 0]], (B, 2r, 2r), from the eigenvalues of (hu, hv)."""
+    ru, rv = symmetric_root(eigen).chunk(2)
     return torch.linalg.svd(torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2))
 
 
@@ -105,7 +106,7 @@ def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
     no inverse of the roots. Reference: Vandereycken (2013), algorithm 6; Absil & Oseledets (2015), section 3.
     """
     r = c.shape[-1]
-    k, d, lh = _core_svd(c, hu, hv)
+    k, d, lh = _core_svd(c, torch.linalg.eigh(torch.cat((hu, hv))))
     k1, l1, d = k[..., :r, :r], lh[..., :r, :r].mT, d[..., :r]
     # A singular value at rounding level has no direction to divide by; the rank is judged by the caller.
     kept = d > torch.finfo(d.dtype).eps * d[..., :1]
@@ -141,14 +142,15 @@ def spectral(m: Tensor, hu: Tensor, hv: Tensor, eps: float) -> tuple[Tensor, Ten
     largest in Up and Vp, whose Grams hu, hv were computed with a rounding of eps.
     """
     r = m.shape[-1]
-    inverses = inverse_symmetric_root(torch.cat((hu, hv)), eps)
-    k, d, lh = _core_svd(m, hu, hv)
+    eigen = torch.linalg.eigh(torch.cat((hu, hv)))
+    inverse_u, inverse_v = inverse_symmetric_root(eigen, eps).chunk(2)
+    k, d, lh = _core_svd(m, eigen)
     kept = d > eps * d[..., :1].clamp_min(torch.finfo(d.dtype).tiny)
     sign = (k * kept[..., None, :]) @ lh
     return (
         sign[..., :r, :r],
-        inverses[: len(hu)] @ sign[..., r:, :r],
-        inverses[len(hu) :] @ sign[..., :r, r:].mT,
+        inverse_u @ sign[..., r:, :r],
+        inverse_v @ sign[..., :r, r:].mT,
     )
 
 

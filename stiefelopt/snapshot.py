@@ -23,15 +23,8 @@ class Snapshot:
     def take(self) -> None:
         """Remember everything as it is. Cost: one copy of the parameters and of the state."""
         groups, state = self._optimizer.param_groups, self._optimizer.state
-        # Containers are copied, the tensors in them shared: these go back by their contents.
-        self._state = {p: dict(kept) for p, kept in state.items()}
-        others = {p: _without_tensors(kept) for p, kept in self._state.items()}
-        for p, plain in others.items():
-            self._state[p].update(copy.deepcopy(plain))
-        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        settings = [copy.deepcopy(_without_tensors(s)) for s in self._settings]
-        for s, plain in zip(self._settings, settings, strict=True):
-            s.update(plain)
+        self._state = {p: _kept(found) for p, found in state.items()}
+        self._settings = [_kept({k: v for k, v in group.items() if k != "params"}) for group in groups]
         tensors = [p for group in groups for p in group["params"]]
         for found in (*self._state.values(), *self._settings):
             tensors += [t for t in found.values() if isinstance(t, Tensor)]
@@ -60,5 +53,6 @@ class Snapshot:
             group.update(settings)
 
 
-def _without_tensors(found: dict[Any, Any]) -> dict[Any, Any]:
-    return {k: v for k, v in found.items() if not isinstance(v, Tensor)}
+def _kept(found: dict[Any, Any]) -> dict[Any, Any]:
+    """A copy that shares the tensors: these go back by their contents."""
+    return {k: v if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in found.items()}

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .errors import ConfigError, StepError
 from .hooks import AttachedHooks
-from .manifold_step import FIRST_MOMENTS, ManifoldStep, saved_groups, settings_of
+from .manifold_step import FIRST_MOMENTS, ManifoldStep, settings_of, write_specs
 from .manifolds import Manifold, from_spec
 from .precision import lifted
 
@@ -185,14 +185,8 @@ class RiemannianWrapper(Optimizer):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
-        specs = [
-            None if group.get("manifold") is None else dict(from_spec(group["manifold"]).spec())
-            for group in self.param_groups
-        ]
         state = self.optimizer.state_dict()
-        for saved, spec in zip(saved_groups(state), specs, strict=True):
-            if spec is not None:
-                saved["manifold"] = spec
+        write_specs(state)
         for post in self._optimizer_state_dict_post_hooks.values():
             changed = post(self, state)
             state = state if changed is None else changed

@@ -121,6 +121,13 @@ def snapshot(model: Model, optimizer: Any) -> Any:
     return [model.values(), grads, state, copy.deepcopy(groups)]
 
 
+def set_scaled_gradients(model: Model, scaler: torch.amp.GradScaler, step: int) -> None:
+    """As backward of a scaled loss leaves them."""
+    model.set_gradients(step)
+    scaler.scale(torch.zeros(()))  # makes the scaler's tensors, as scaling a loss does
+    torch._foreach_mul_([p.grad for p in model.params if p.grad is not None], scaler.get_scale())
+
+
 def moments(model: Model, optimizer: Any) -> list[Tensor]:
     """The optimizer's tensors, parameter by parameter."""
     return [t for p in model.params for t in optimizer.state[p].values() if isinstance(t, Tensor)]
@@ -592,11 +599,7 @@ def test_grad_scaler_gives_the_same_bits_and_skips_safely(inner: Callable[[Any],
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     for step in range(4):
         run(plain, reference, range(step, step + 1))
-        scaled.set_gradients(step)
-        scaler.scale(torch.zeros(()))
-        for p in scaled.params:
-            assert p.grad is not None
-            p.grad *= 1024.0
+        set_scaled_gradients(scaled, scaler, step)
         scaler.step(wrapper)
         scaler.update()
     assert same_bits(scaled.values(), plain.values())
@@ -1542,11 +1545,7 @@ def test_grad_scaler_with_half_precision_points(dtype: torch.dtype) -> None:
         pytest.skip("torch's GradScaler refuses to unscale float16 gradients")
     for step in range(3):
         run(plain, reference, range(step, step + 1))
-        scaled.set_gradients(step)
-        scaler.scale(torch.zeros(()))
-        for p in scaled.params:
-            assert p.grad is not None
-            p.grad *= 16.0
+        set_scaled_gradients(scaled, scaler, step)
         scaler.step(wrapper)
         scaler.update()
     assert same_bits(scaled.values(), plain.values())
@@ -1641,9 +1640,7 @@ def test_grad_scaler_drives_an_attached_optimizer_as_the_wrapper(inner: Callable
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
     for step in range(4):
         for model, stepper, scaler in ((ours, optimizer, scalers[0]), (reference, wrapper, scalers[1])):
-            model.set_gradients(step)
-            scaler.scale(torch.zeros(()))
-            torch._foreach_mul_([p.grad for p in model.params if p.grad is not None], 1024.0)
+            set_scaled_gradients(model, scaler, step)
             if step == 2:
                 model.points[2].grad = torch.full_like(model.points[2], math.inf)
             scaler.step(stepper)

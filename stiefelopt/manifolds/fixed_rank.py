@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import rank_retractions
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, combine, gram, keep_where, products, split
+from ..gram import Reduce, Tall, combine, gram, keep_where, products, split, zero_matrices
 from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
 from ..retractions import OpenSum
@@ -334,9 +334,8 @@ class FixedRank(Manifold):
         Reference: RiemannLoRA / Riemannion (arXiv 2507.12142), equations 10 to 12.
         """
         x, d = _factors(xs), _factors(ds)
-        r = x.s.shape[-1]
-        us = combine(d.us, x.us, e[..., :r], alpha=-1.0)
-        vs = combine(d.vs, x.vs, e[..., 2 * r :], alpha=-1.0)
+        wu, wv = _overlap(e)
+        us, vs = combine(d.us, x.us, wu, alpha=-1.0), combine(d.vs, x.vs, wv, alpha=-1.0)
         m, up, vp = rank_retractions.spectral(
             d.s.double(), gram(us, us).double(), gram(vs, vs).double(), torch.finfo(x.s.dtype).eps
         )
@@ -349,8 +348,8 @@ class FixedRank(Manifold):
         """Add -decay W to every displacement; returns the overlap."""
         for s, m, decay in zip(xs[1::3], ds[1::3], decays[1::3], strict=True):
             m.sub_(s, alpha=decay)
-        r = e.shape[-2]
-        return torch.cat((e[..., :r], _factors(ds).s, e[..., 2 * r :]), -1)
+        wu, wv = _overlap(e)
+        return torch.cat((wu, _factors(ds).s, wv), -1)
 
     def stacked_distance(self, xs: Tall, ys: Tall) -> float:
         """Sum of ||W+ - W||_F^2 as [U+ S+ - U S, U S] [V+, V+ - V]^T, in which nothing cancels."""
@@ -380,12 +379,13 @@ class FixedRank(Manifold):
 
 def _is_zero(d: Factors) -> Tensor | None:
     """Mask (B,) of the displacements that are exactly zero; on the CPU None when there is none."""
-    mask = (d.s == 0).all(-1).all(-1)
-    if mask.device.type == "cpu" and not bool(mask.any()):
-        return None  # without a look at the tall parts
-    for part in (d.us, d.vs):
-        mask = mask & torch.cat([(t == 0).all(-1).all(-1) for t in part])
-    return mask if mask.device.type != "cpu" or bool(mask.any()) else None
+    mask = None
+    for part in ([d.s], d.us, d.vs):  # S first, which mostly settles it without a look at the tall parts
+        zero = zero_matrices(part)
+        if zero is None:
+            return None
+        mask = zero if mask is None else mask & zero
+    return mask
 
 
 def _shown(x: Factors, z: Factors, reduce: Reduce | None) -> Tensor:

@@ -263,7 +263,8 @@ class Stiefel(Manifold):
         Reference: SPEL and Muon, whose direction this is: msign(u) = u (u^T u)^(-1/2).
         """
         us = projections.tangent.apply(xs, _scaled_displacements(xs, ms, [1.0] * len(xs)))
-        roots = split(inverse_symmetric_root(gram(us, us).double(), torch.finfo(us[0].dtype).eps), us)
+        eps = torch.finfo(us[0].dtype).eps
+        roots = split(inverse_symmetric_root(torch.linalg.eigh(gram(us, us).double()), eps), us)
         for x, m, u, root, rate in zip(xs, ms, us, roots, rates, strict=True):
             torch.baddbmm(x, u, root.to(u.dtype), alpha=rate, out=m)
         return self.stacked_overlap(xs, ms)
