@@ -19,16 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import core_svd
+from .core_svd import Coefficients
 from .errors import StepError
 from .gram import Reduce, Tall, combine, gram, identity_like
-from .matfun import (
-    Eigen,
-    distance_from_identity,
-    host_can_look,
-    inverse_sqrt_increment,
-    inverse_symmetric_root,
-    symmetric_root,
-)
+from .matfun import distance_from_identity, host_can_look, inverse_sqrt_increment, inverse_symmetric_root
 from .registry import Registry
 from .retractions import close, normalize, polar
 
@@ -41,17 +36,9 @@ HARD = 1e-4
 ORTHONORMAL = 16
 # ||a^T a - I||_F up to which the gauge is found by matrix products, six or fewer.
 NEARLY_ORTHOGONAL = 0.25
+# ||a - a^T||_F, relative, up to which U^T U+ = a counts as symmetric.
+SYMMETRIC = 1e-12
 NOT_FINITE = "the displacement is not finite, or too large for its squares: clip the gradient"
-
-
-class Coefficients(NamedTuple):
-    """U+ = U au + Up bu, S+ = s, V+ = V av + Vp bv; all (B, r, r)."""
-
-    au: Tensor
-    bu: Tensor
-    s: Tensor
-    av: Tensor
-    bv: Tensor
 
 
 Small = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
@@ -92,26 +79,13 @@ def register(name: str, *, order: int = 1) -> Callable[[Small], RankRetraction]:
     return lambda function: _registry.add(name, RankRetraction(name, function, order))
 
 
-def _core_svd(c: Tensor, eigen: Eigen) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of [[c, hv^(1/2)], [hu^(1/2), 0]], (B, 2r, 2r), from the eigenvalues of (hu, hv)."""
-    ru, rv = symmetric_root(eigen).chunk(2)
-    return torch.linalg.svd(torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2))
-
-
 @register("svd", order=2)
 def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
-    r"""The rank-r matrix nearest to W + xi: a truncated SVD of the 2r x 2r core [[c, hv^(1/2)], [hu^(1/2), 0]].
+    """The rank-r matrix nearest to W + xi: a truncated SVD of the 2r x 2r core [[c, hv^(1/2)], [hu^(1/2), 0]].
 
-    With core = K D L^T in r-blocks, U+ = U K1 + Up L1 D^-1, S+ = D, V+ = V L1 + Vp K1 D^-1: no QR of anything tall and
-    no inverse of the roots. Reference: Vandereycken (2013), algorithm 6; Absil & Oseledets (2015), section 3.
+    No QR of anything tall and, where the step is shorter than the singular values of W, no LAPACK; see `core_svd`.
     """
-    r = c.shape[-1]
-    k, d, lh = _core_svd(c, torch.linalg.eigh(torch.cat((hu, hv))))
-    k1, l1, d = k[..., :r, :r], lh[..., :r, :r].mT, d[..., :r]
-    # A singular value at rounding level has no direction to divide by; the rank is judged by the caller.
-    kept = d > torch.finfo(d.dtype).eps * d[..., :1]
-    inverse = (torch.where(kept, d, torch.ones_like(d)).reciprocal() * kept)[..., None, :]
-    return Coefficients(k1, l1 * inverse, torch.diag_embed(d), l1, k1 * inverse)
+    return core_svd.truncated(c, hu, hv)
 
 
 @register("orthographic", order=2)
@@ -144,7 +118,7 @@ def spectral(m: Tensor, hu: Tensor, hv: Tensor, eps: float) -> tuple[Tensor, Ten
     r = m.shape[-1]
     eigen = torch.linalg.eigh(torch.cat((hu, hv)))
     inverse_u, inverse_v = inverse_symmetric_root(eigen, eps).chunk(2)
-    k, d, lh = _core_svd(m, eigen)
+    k, d, lh = core_svd.core_svd(m, eigen)
     kept = d > eps * d[..., :1].clamp_min(torch.finfo(d.dtype).tiny)
     sign = (k * kept[..., None, :]) @ lh
     return (
@@ -259,8 +233,18 @@ def _small_part(retraction: RankRetraction, c: Tensor, sides: Sequence[_Side], f
     if d is None or not bool((d[:, -1] > limit * d[:, 0]).all()):
         found = _keep_rank(found, floor)
     au, bu, s, av, bv = found
+    if _is_gauged(torch.cat((au, av))):
+        return found
     qu, qv = _turns(torch.cat((au, av))).chunk(2)
     return Coefficients(au @ qu, bu @ qu, qu.mT @ s @ qv, av @ qv, bv @ qv)
+
+
+def _is_gauged(a: Tensor) -> bool:
+    """Whether every a is symmetric and positive already; False on an accelerator."""
+    if not host_can_look(a):
+        return False
+    asymmetry, size = torch.linalg.matrix_norm(a - a.mT), torch.linalg.matrix_norm(a)
+    return bool((asymmetry <= SYMMETRIC * size).all()) and not bool(torch.linalg.cholesky_ex(a)[1].any())
 
 
 def _turns(a: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ ROOT = Path(stiefelopt.__file__).parent
 # From the bottom up. A room may import from its own floor and from those below; circles are refused everywhere.
 FLOORS = (
     ("errors",),
-    ("registry", "shapes", "gram", "matfun", "distributed"),
+    ("registry", "shapes", "gram", "matfun", "core_svd", "distributed"),
     ("metrics", "projections", "retractions", "rank_retractions", "rank_transports", "transports"),
     ("manifolds",),
     ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
