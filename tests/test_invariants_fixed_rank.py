@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from torch import Tensor
 
 from stiefelopt import USV, FixedRank, rank_retractions
+from stiefelopt.core_svd import Coefficients
 from stiefelopt.errors import StepError
 from stiefelopt.laws import Law
 from stiefelopt.manifolds.fixed_rank import TRANSPORTS
@@ -21,7 +22,7 @@ from stiefelopt.rank_laws import (
     law_rank_order,
     rank_cases,
 )
-from stiefelopt.rank_retractions import Coefficients, RankRetraction
+from stiefelopt.rank_retractions import RankRetraction
 from stiefelopt.retractions import close
 from stiefelopt.testing import check_manifold, check_retraction
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stiefelopt import USV, FixedRank, rank_laws, rank_retractions
+from stiefelopt.core_svd import Coefficients
 from stiefelopt.errors import StepError
 from stiefelopt.laws import Law
 from stiefelopt.rank_laws import RANK_MANIFOLD_LAWS, RANK_RETRACTION_LAWS, RankCase
-from stiefelopt.rank_retractions import Coefficients
 from stiefelopt.testing import check_manifold
 
 EXAMPLES: list[tuple[Law, str, Callable[[], FixedRank], str]] = []
