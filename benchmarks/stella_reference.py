@@ -51,8 +51,10 @@ def batched_polar(z: Tensor) -> Tensor:
     return (u @ vh).to(z.dtype)
 
 
-def polar_factors(tall: Sequence[Tensor]) -> list[Tensor]:
-    """The nearest point to each matrix, one thin SVD for each distinct shape."""
+def polar_factors(tall: Sequence[Tensor], *, batched: bool = True) -> list[Tensor]:
+    """The nearest point to each matrix, one thin SVD for each distinct shape, or for each matrix."""
+    if not batched:
+        return [batched_polar(z) for z in tall]
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, z in enumerate(tall):
         by_shape[z.shape].append(index)
@@ -70,12 +72,18 @@ class StellaHooks:
         optimizer: any torch optimizer; it sees the Riemannian gradient and steps in the ambient space.
         points: the parameters (n, p) with orthonormal columns.
         reference_dim: d in the displacement scale sqrt(d / n); None means no scaling.
+        batched: one SVD for all parameters of a shape, what the paper found 15 to 25 times faster than one by one.
     """
 
     def __init__(
-        self, optimizer: Optimizer, points: Sequence[Tensor], reference_dim: int | None = None
+        self,
+        optimizer: Optimizer,
+        points: Sequence[Tensor],
+        reference_dim: int | None = None,
+        *,
+        batched: bool = True,
     ) -> None:
-        self.points = list(points)
+        self.points, self.batched = list(points), batched
         self.scales = [
             1.0 if reference_dim is None else math.sqrt(reference_dim / y.shape[-2]) for y in points
         ]
@@ -100,6 +108,6 @@ class StellaHooks:
             y + project_tangent(y, scale * (moved - y))
             for y, moved, scale in zip(self.before, self.points, self.scales, strict=True)
         ]
-        for point, factor in zip(self.points, polar_factors(ambient), strict=True):
+        for point, factor in zip(self.points, polar_factors(ambient, batched=self.batched), strict=True):
             point.copy_(factor)
         self.before = []

@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.environment import environment, results_dir, write_json
-from benchmarks.step_contestants import Entry, MissingPeerError, builders, default_contestants
+from benchmarks.step_contestants import builders, default_contestants
+from benchmarks.step_entry import Entry, MissingPeerError
 from benchmarks.step_floor import one_copy, six_products
 from benchmarks.step_report import plot, table
 from benchmarks.step_result import StepResult
 from benchmarks.step_workloads import MEASURED, WORKLOADS, Problem, Workload
 from benchmarks.timing import race
 
-PEER_PACKAGES = ("geoopt", "pogo-torch")
+PEER_PACKAGES = ("geoopt", "pogo-torch", "geotorch")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,6 +53,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--rounds", type=int, default=15, help="timed steps of each contestant")
     add("--warmup", type=int, default=3, help="untimed steps before them")
+    add(
+        "--patience",
+        type=float,
+        default=8.0,
+        metavar="SECONDS",
+        help="who takes longer for the first step makes no other",
+    )
     add("--threads", type=int, default=2)
     add("--device", default="cpu")
     add("--lr", type=float, default=1e-3, help="AdamW's: the size of a step in each coordinate")
@@ -73,6 +81,7 @@ def enlist(names: Sequence[str], problem: Problem, lr: float) -> tuple[dict[str,
 
 def measure(workload: Workload, options: argparse.Namespace, progress: Progress) -> StepResult:
     """Race all contestants, and the floor with them, on one workload."""
+    workload = workload.on(options.device)
     problem = Problem.draw(workload, device=options.device, seed=options.seed)
     entries, missing = enlist(options.contestants or default_contestants(workload), problem, options.lr)
     runners = {name: entry.contestant for name, entry in entries.items()}
@@ -83,6 +92,7 @@ def measure(workload: Workload, options: argparse.Namespace, progress: Progress)
         rounds=options.rounds,
         warmup=options.warmup,
         device=options.device,
+        patience=options.patience,
         progress=lambda done, total: progress.update(task, completed=done, total=total),
     )
     return StepResult(

@@ -38,7 +38,7 @@ def table(name: str, result: StepResult) -> RenderableType:
     title = f"{name}: {result.workload.title}"
     view = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     view.add_column("optimizer step", no_wrap=True)
-    for heading in ("median ms", "spread", "/ AdamW", "ours / it"):
+    for heading in ("median ms", "spread", "/ AdamW", "beyond / floor", "ours / it"):
         view.add_column(heading, justify="right")
     view.add_column("goal", no_wrap=True)
     view.add_column("residual", justify="right")
@@ -49,6 +49,7 @@ def table(name: str, result: StepResult) -> RenderableType:
             f"{timing.median * 1e3:.2f}",
             f"{timing.spread * 1e3:.2f}",
             _ratio(result.relative_to(contestant, BARE)),
+            _ratio(result.of_floor(contestant)),
             "" if contestant == OURS else _ratio(result.relative_to(OURS, contestant)),
             _goal(result, contestant),
             "" if residual is None else f"{residual:.0e}",
@@ -70,6 +71,8 @@ def floor_line(result: StepResult) -> str:
     if result.geometry_seconds is not None:
         beyond = result.geometry_seconds
         line += f"\nours beyond bare AdamW: {beyond * 1e3:.2f} ms, {beyond / products:.2f} of those products"
+    if result.floor_goal_met is not None:
+        line += f" (goal <= {result.workload.floor_goal}: {'met' if result.floor_goal_met else 'missed'})"
     return line
 
 

@@ -59,6 +59,18 @@ class StepResult:
             return None
         return self.timings[OURS].median - self.timings[BARE].median
 
+    def of_floor(self, name: str) -> float | None:
+        """What a contestant takes beyond bare AdamW, in units of the six tall products."""
+        if name == BARE or name not in self.timings or BARE not in self.timings:
+            return None
+        return (self.timings[name].median - self.timings[BARE].median) / self.products.median
+
+    @property
+    def floor_goal_met(self) -> bool | None:
+        """Whether our geometry is as near to its products as we want, None where there is nothing to judge."""
+        ratio, goal = self.of_floor(OURS), self.workload.floor_goal
+        return None if ratio is None or goal is None else ratio <= goal
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain numbers, times in milliseconds."""
         return {
@@ -71,6 +83,8 @@ class StepResult:
                 "copy_gb_per_s": self.bandwidth / 1e9,
                 "transfers_ms": self.transfer_seconds * 1e3,
                 "geometry_ms": None if self.geometry_seconds is None else self.geometry_seconds * 1e3,
+                "goal": self.workload.floor_goal,
+                "goal_met": self.floor_goal_met,
             },
         }
 
@@ -81,6 +95,7 @@ class StepResult:
             "spread_ms": timing.spread * 1e3,
             "relative_to_adamw": self.relative_to(name, BARE),
             "ours_relative_to_it": self.relative_to(OURS, name),
+            "beyond_adamw_of_floor": self.of_floor(name),
             "goal": self.workload.goals.get(name),
             "goal_met": self.goal_met(name),
             "residual": self.residuals[name],

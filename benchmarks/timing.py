@@ -8,6 +8,7 @@ medians stay comparable.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +73,7 @@ def race(
     rounds: int = 20,
     warmup: int = 3,
     device: torch.device | str = "cpu",
+    patience: float = math.inf,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Timing]:
     """Time every contestant once per round, in an order that rotates from round to round.
@@ -81,19 +83,25 @@ def race(
         rounds: timed runs of each.
         warmup: untimed rounds before them (allocator, thread pools, lazily made optimizer state).
         device: where the contestants work; it is synchronized around every run.
+        patience: seconds; a contestant whose first run takes longer is timed by that run alone.
         progress: told (rounds done, rounds in all) after each round.
     """
     where = torch.device(device)
     names = list(contestants)
     timings = {name: Timing() for name in names}
+    slow: set[str] = set()
     total = warmup + rounds
     for done in range(total):
         # Collect between rounds, so that no contestant pays for another's garbage inside its run.
         gc.collect()
         for place in range(len(names)):
             name = names[(place + done) % len(names)]
+            if name in slow:
+                continue
             seconds = time_once(contestants[name], where)
-            if done >= warmup:
+            if done == 0 and seconds > patience:
+                slow.add(name)
+            if done >= warmup or name in slow:
                 timings[name].seconds.append(seconds)
         progress(done + 1, total)
     return timings

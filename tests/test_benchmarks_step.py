@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -91,6 +92,24 @@ def test_race_takes_turns_and_does_not_count_the_warm_up():
     timings = race(contestants, rounds=2, warmup=1)
     assert calls == ["a", "b", "b", "a", "a", "b"]
     assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
+
+
+def test_race_times_the_slow_by_one_run():
+    calls: list[str] = []
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.02)
+
+    timings = race(
+        {"slow": Contestant(slow), "quick": Contestant(partial(calls.append, "quick"))},
+        rounds=2,
+        warmup=1,
+        patience=0.01,
+    )
+    assert calls.count("slow") == 1
+    assert timings["slow"].median >= 0.02
+    assert [len(t.seconds) for t in timings.values()] == [1, 2]
 
 
 def test_median_and_interquartile_range():
