@@ -47,8 +47,8 @@ lint: $(call installed,dev)  ## ruff: rules and formatting
 types: $(call installed,dev)  ## mypy
 	$(PY) -m mypy
 
-bench: $(call installed,bench)  ## the optimizer step raced against its peers
-	$(PY) -m benchmarks.step $(ARGS)
+bench: $(call installed,bench) $(call installed,demo) $(call installed,data)  ## every speed benchmark (half an hour), or one: ARGS="step --help"
+	$(PY) -m benchmarks $(if $(ARGS),$(ARGS),speed)
 
 wheel: $(call installed,dev)  ## build the wheel, install it outside the checkout and import it there
 	rm -rf build dist

@@ -64,6 +64,15 @@ def adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Opti
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
+def preconditioned_adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+    """PEFT's Riemannian preconditioned LoRA (arXiv 2402.02347): damped r x r inverses, one pair after the other."""
+    from peft.optimizers import create_riemannian_optimizer
+
+    optimizer = create_riemannian_optimizer(encoder, torch.optim.AdamW, lr=rates.adapter, weight_decay=0.0)
+    optimizer.add_param_group({"params": list(head.parameters()), "lr": rates.head})
+    return optimizer
+
+
 def ours(layer: Callable[..., LowRankLinear], **options: Any) -> Callable[[nn.Module, Adapter], nn.Module]:
     """StelLA (arXiv 2510.01938) or RiemannLoRA (arXiv 2507.12142), by the layer's own options."""
 
@@ -105,6 +114,7 @@ METHODS: dict[str, Method] = {
     "dora": Method(lora(use_dora=True), adamw, learning_rate=1e-3),
     "pissa": Method(lora(init_lora_weights="pissa"), adamw, learning_rate=1e-3),
     "olora": Method(lora(init_lora_weights="olora"), adamw, learning_rate=1e-3),
+    "lora-preconditioned": Method(lora(), preconditioned_adamw, learning_rate=1e-3),
     "stella": Method(ours(StelLALinear, init="random"), riemannian_adamw, learning_rate=1e-3),
     "stella-zero": Method(ours(StelLALinear, init="zero"), riemannian_adamw, learning_rate=1e-3),
     "stella-pseudo-zero": Method(

@@ -1,0 +1,165 @@
+"""How a step's time and memory grow with n, p and the number of matrices: `python -m benchmarks scaling`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.allocations import measure
+from benchmarks.environment import environment, results_dir, write_json
+from benchmarks.step_contestants import BARE, OURS, builders
+from benchmarks.step_floor import six_products
+from benchmarks.step_workloads import Problem, Workload
+from benchmarks.timing import race
+
+CONTESTANTS = (BARE, OURS, "StelLA's scheme", "geoopt", "POGO, stacked")
+FLOOR = "six tall products"
+# variable: (values, shape (count, n, p) at a value)
+AXES: dict[str, tuple[tuple[int, ...], Any]] = {
+    "n": ((64, 256, 1024, 4096, 16384, 65536), lambda n: (16, n, 16)),
+    "p": ((1, 4, 16, 64, 256, 1024), lambda p: (4, 1024, p)),
+    "count": ((1, 10, 100, 1000, 5000, 20000), lambda k: (k, 32, 8)),
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
+    add = parser.add_argument
+    add("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="NAME")
+    add("--most", type=int, default=sys.maxsize, help="leave out larger values")
+    add("--rounds", type=int, default=5)
+    add(
+        "--patience",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="of the first step; slower ones make one",
+    )
+    add("--threads", type=int, default=2)
+    add("--device", default="cpu")
+    add("--output", metavar="DIR", help="folder of scaling.json and scaling.png (default: results/)")
+    return parser.parse_args(arguments)
+
+
+def point(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[str, dict[str, float | None]]:
+    """Milliseconds a step (the floor among them) and bytes at its peak, by contestant."""
+    problem = Problem.draw(Workload("", (shape,)), device=options.device)
+    made = {name: builders()[name](problem, 1e-3).contestant for name in CONTESTANTS}
+    timings = race(
+        made | {FLOOR: six_products(problem)},
+        rounds=options.rounds,
+        warmup=2,
+        device=options.device,
+        patience=options.patience,
+    )
+    peaks: dict[str, float | None] = {}
+    for name in (BARE, OURS):
+        made[name].prepare()
+        peaks[name] = measure(made[name].run, options.device).peak
+    return {
+        "milliseconds": {name: timing.median * 1e3 for name, timing in timings.items()},
+        "peak bytes": peaks,
+        "bytes of the points": {"": sum(x.numel() * x.element_size() for x in problem.stacks)},
+    }
+
+
+Points = dict[int, dict[str, dict[str, float | None]]]
+
+
+def table(axis: str, points: Points) -> Table:
+    """Milliseconds, a row for each value."""
+    names = [*CONTESTANTS, FLOOR]
+    view = Table(title=f"milliseconds a step against {axis}", title_justify="left")
+    for heading in (axis, *names, "ours / AdamW", "beyond / floor"):
+        view.add_column(heading, justify="right")
+    for value, found in points.items():
+        ms: Mapping[str, Any] = found["milliseconds"]
+        beyond = (ms[OURS] - ms[BARE]) / ms[FLOOR]
+        ratios = f"{ms[OURS] / ms[BARE]:.2f}", f"{beyond:.2f}"
+        view.add_row(f"{value:,}", *(f"{ms[name]:.3g}" for name in names), *ratios)
+    return view
+
+
+def plot(path: Path, found: Mapping[str, Points], caption: str) -> Path:
+    """Time above, memory below, a column for each axis, all logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, len(found), figsize=(4.6 * len(found), 6.4), squeeze=False, layout="constrained"
+    )
+    for column, (axis, points) in enumerate(found.items()):
+        example = AXES[axis][1](0)
+        fixed = ", ".join(
+            f"{name} = {size}"
+            for name, size in zip(("count", "n", "p"), example, strict=True)
+            if name != axis
+        )
+        upper, lower = axes[0][column], axes[1][column]
+        for name in (*CONTESTANTS, FLOOR):
+            style = ":" if name == FLOOR else "-"
+            heights = [row["milliseconds"][name] for row in points.values()]
+            upper.loglog(list(points), heights, style, marker=".", label=name, lw=2 if name == OURS else 1)
+        upper.set_title(f"milliseconds a step against {axis} ({fixed})", fontsize=9, loc="left")
+        for name in (BARE, OURS):
+            lower.loglog(
+                list(points),
+                [row["peak bytes"][name] or 1 for row in points.values()],
+                marker=".",
+                label=name,
+            )
+        lower.loglog(
+            list(points), [row["bytes of the points"][""] for row in points.values()], ":", label="the points"
+        )
+        lower.set_title("bytes beyond what is held, at the peak of a step", fontsize=9, loc="left")
+        lower.set_xlabel(axis)
+        for panel in (upper, lower):
+            panel.legend(fontsize=7, frameon=False)
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(caption, fontsize=8, color="#555555")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print tables, leave a JSON file and a plot; Ctrl-C keeps the points that were finished."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    found: dict[str, Points] = {}
+    wanted = [(axis, v) for axis in options.axes for v in AXES[axis][0] if v <= options.most]
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("scaling", total=len(wanted))
+            for axis, value in wanted:
+                progress.update(task, description=f"{axis} = {value:,}")
+                found.setdefault(axis, {})[value] = point(AXES[axis][1](value), options)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        console.print("interrupted: keeping the points that were finished")
+    if not found:
+        return 1
+    for axis, points in found.items():
+        console.print(table(axis, points))
+    facts = environment(torch.float32, options.device, ("geoopt", "pogo-torch"))
+    folder = results_dir(options.output)
+    report = {"environment": facts, "settings": vars(options), "scaling": found}
+    caption = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, float32"
+    written = write_json(folder / "scaling.json", report), plot(folder / "scaling.png", found, caption)
+    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
