@@ -70,7 +70,7 @@ def _is_tall(t: Tensor) -> bool:
 class Still(torch.optim.SGD):
     """An inner optimizer that costs one operation a parameter, which no count below is about."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 p.data.add_(p.grad, alpha=-group["lr"])
