@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import allocations, gap, scaling
+from benchmarks import allocations, convergence, gap, scaling
+from benchmarks.convergence_tasks import Regression
 
 
 def left_by(folder: Path, name: str) -> Any:
@@ -72,3 +73,16 @@ def test_allocations_are_counted() -> None:
     found = allocations.measure(run)
     assert found.held == pytest.approx(4000, abs=512)
     assert found.peak == pytest.approx(24000, abs=1024)
+
+
+def test_convergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(convergence.TASKS, "regression", lambda steps: Regression(steps=48, rates=(1e-2,)))
+    methods = ["lora", "riemannlora"]
+    options = ["--tasks", "regression", "--methods", *methods, "--seeds", "1", "--threads", "1"]
+    assert benchmarks.main(["convergence", *options, "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "convergence.png").exists()
+    found = json.loads((tmp_path / "convergence.json").read_text())["tasks"]["regression"]["methods"]
+    assert found["lora"]["share_of_steps"] == [1.0]
+    for method in methods:
+        assert found[method]["validation"][0][-1][0] == 48
+        assert found[method]["halved"][0][-1][0] == 24
