@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .low_rank import LowRankLinear, check_options, linear_sizes
+from .shared import SharedBase
 from .stella import StelLALinear
 
 Targets = str | Sequence[str]
@@ -180,6 +181,21 @@ def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return layers
 
 
+def _own_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The adapted layers of a model that `adapt` has made.
+
+    Raises:
+        ConfigError: there is none, or PEFT holds them.
+    """
+    layers = adapted_layers(model)
+    if any(isinstance(layer.base, SharedBase) for layer in layers.values()):
+        raise ConfigError(
+            "PEFT holds the adapters of this model; use its own methods: save_pretrained, load_adapter, "
+            "merge_and_unload."
+        )
+    return layers
+
+
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are trained whole, by name."""
     endings = model.__dict__.get(_SAVED, [])
@@ -191,7 +207,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     if isinstance(model, LowRankLinear):
         model.merge()
         return model.base
-    adapted_layers(model)
+    _own_layers(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LowRankLinear):
             module.merge()
@@ -203,7 +219,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What was trained and nothing else: the factors, and the modules_to_save; detached, ready for safetensors."""
     state = {
         f"{name}.{key}" if name else key: t
-        for name, module in adapted_layers(model).items()
+        for name, module in _own_layers(model).items()
         for key, t in module.factor_state().items()
     }
     for name, saved in saved_modules(model).items():
@@ -217,7 +233,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         ConfigError: names or shapes differ; nothing has changed.
     """
-    layers, saved = adapted_layers(model), saved_modules(model)
+    layers, saved = _own_layers(model), saved_modules(model)
     expected = set(adapter_state_dict(model))
     optional = {f"{name}.{k}" if name else k for name in layers for k in ("U0", "V0")}
     missing, unknown = expected - optional - set(state), set(state) - expected - optional

@@ -75,6 +75,8 @@ def loi_init(
             f"{power_iterations!r}; a closure at least, and integers from 0 on are needed."
         )
     check_scale(scale)
+    for layer in layers.values():
+        layer.require_own_weight()
     passes = 2 * (power_iterations + 1) * len(closures)
     with _Probing(layers) as probing, _progress(passes, progress) as advance:
         starts = probing.singular_vectors(closures, oversample, power_iterations, generator, advance)

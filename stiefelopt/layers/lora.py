@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,41 @@ from .stella import StelLALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a LoRA checkpoint is made of, under the names of the plain base model.
+
+    Attributes:
+        model: where these names are found. layers: the adapted ones. saved: modules trained whole.
+        about: further entries of adapter_config.json.
+    """
+
+    model: nn.Module
+    layers: dict[str, LowRankLinear]
+    saved: dict[str, nn.Module]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+# A reader gives the parts of the models it knows, and None of others; integrations add theirs.
+Reader = Callable[[nn.Module, str | None], Parts | None]
+READERS: list[Reader] = []
+
+
+def parts_of(model: nn.Module, adapter_name: str | None) -> Parts:
+    """The parts of a model that `adapt` or an integration has adapted."""
+    for read in READERS:
+        parts = read(model, adapter_name)
+        if parts is not None:
+            return parts
+    layers = adapted_layers(model)
+    if adapter_name is not None:
+        raise ConfigError(
+            "a model adapted by stiefelopt.adapt has one adapter without a name; leave adapter_name out."
+        )
+    source = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return Parts(model, layers, saved_modules(model), {"base_model_name_or_path": source})
 
 
 def _safetensors() -> Any:
@@ -38,9 +76,9 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     initialization was taken out of the base weight), with the scale baked in (lora_alpha = r).
 
     Args:
-        model: a model adapted by `adapt`.
+        model: a model adapted by `adapt`, or by PEFT with one of our tuners.
         directory: made if missing; adapter_config.json and adapter_model.safetensors are written to it.
-        adapter_name: for PEFT models with several adapters; None here.
+        adapter_name: of a PEFT model; default: the active one.
 
     Returns:
         The directory.
@@ -48,73 +86,76 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     Raises:
         ConfigError: no adapted layer, Conv1D and Linear mixed, or safetensors is not installed.
     """
-    if adapter_name is not None:
-        raise ConfigError(
-            "a model adapted by stiefelopt.adapt has one adapter without a name; leave adapter_name out."
-        )
     safetensors = _safetensors()
-    layers = adapted_layers(model)
-    orientations = {layer.fan_in_fan_out for layer in layers.values()}
+    parts = parts_of(model, adapter_name)
+    orientations = {layer.fan_in_fan_out for layer in parts.layers.values()}
     if len(orientations) > 1:
         raise ConfigError(
             "a LoRA checkpoint cannot mix Conv1D and Linear layers; export them from separate models."
         )
     tensors: dict[str, Tensor] = {}
     ranks = {}
-    for name, layer in layers.items():
+    for name, layer in parts.layers.items():
         a, b = layer.to_lora()
         ranks[name] = a.shape[0]
         tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = (
             a.cpu(),
             b.cpu(),
         )
-    saved = saved_modules(model)
-    for name, module in saved.items():
+    for name, module in parts.saved.items():
         tensors.update(
             {f"{_PREFIX}{name}.{k}": t.detach().cpu().clone() for k, t in module.state_dict().items()}
         )
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
-    config = _lora_config(model, ranks, list(saved), fan_in_fan_out=orientations.pop())
+    config = _lora_config(parts, ranks, fan_in_fan_out=orientations.pop())
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
 
 
-def _lora_config(
-    model: nn.Module, ranks: dict[str, int], saved: list[str], *, fan_in_fan_out: bool
-) -> dict[str, Any]:
-    """adapter_config.json: scale 1 everywhere, since alpha equals the rank."""
-    common = max(ranks.values())
-    others = {"^" + re.escape(name): k for name, k in ranks.items() if k != common}
-    targets: list[str] | str = list(ranks)
-    if any(ends_with(name, list(ranks)) for name, _ in model.named_modules() if name not in ranks):
+def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
+    """target_modules that mean these modules and no others."""
+    names = list(names)
+    if any(ends_with(name, names) for name, _ in model.named_modules() if name not in names):
         # PEFT reads a list as endings, and would adapt more than these; it matches a string in full.
-        targets = "|".join(map(re.escape, ranks))
+        return "|".join(map(re.escape, names))
+    return names
+
+
+def rank_patterns(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The commonest rank, and PEFT's rank_pattern for the others."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    return common, {"^" + re.escape(name): k for name, k in ranks.items() if k != common}
+
+
+def _lora_config(parts: Parts, ranks: dict[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    """adapter_config.json: scale 1 everywhere, since alpha equals the rank."""
+    common, others = rank_patterns(ranks)
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": targets,
-        "modules_to_save": saved or None,
+        "target_modules": exact_targets(parts.model, ranks),
+        "modules_to_save": list(parts.saved) or None,
         "rank_pattern": others,
         "alpha_pattern": others,
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
+        **parts.about,
     }
 
 
 def import_lora(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    layer: Callable[..., LowRankLinear] = StelLALinear,
+    layer: Callable[..., Any] = StelLALinear,
     **layer_options: Any,
 ) -> nn.Module:
     """Adapt a plain model with the updates of a PEFT LoRA checkpoint, so that training goes on with geometry.
@@ -124,8 +165,11 @@ def import_lora(
     Args:
         model: the plain base model.
         directory: a stock LoRA checkpoint with safetensors.
-        layer: the adapter to use.
-        layer_options: passed on, for example dropout; r and alpha come from the checkpoint.
+        layer: the adapter to use: a layer class, or a config class of our PEFT tuners, which gives a PeftModel.
+        layer_options: passed on, for example dropout; ranks and scales come from the checkpoint.
+
+    Returns:
+        The model, or the PeftModel around it.
 
     Raises:
         ConfigError: not a plain LoRA checkpoint, or it does not fit the model.
@@ -144,15 +188,35 @@ def import_lora(
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
     endings = list(config.get("modules_to_save") or ())
     pairs, saved = _sort_tensors(model, tensors, endings)
-    r = next(iter(pairs.values()))[0].shape[0]
-    exactly = "|".join(map(re.escape, pairs))
-    adapt(model, layer, target_modules=exactly, modules_to_save=endings, r=r, alpha=r, **layer_options)
-    for name, module in adapted_layers(model).items():
-        a, b = pairs[name]
-        module.load_factors(_factors(_lora_scale(config, name, r) * b.double(), a.double(), module))
+    put_in = getattr(layer, "put_in", None) or functools.partial(_adapt_to, layer)
+    adapted = put_in(model, {name: len(a) for name, (a, _) in pairs.items()}, endings, **layer_options)
+    parts = parts_of(adapted, None)
+    for name, (a, b) in pairs.items():
+        scaled = _lora_scale(config, name, len(a)) * b.double()
+        parts.layers[name].load_factors(_factors(scaled, a.double(), parts.layers[name]))
     for name, state in saved.items():
-        model.get_submodule(name).load_state_dict(state)
-    return model
+        parts.saved[name].load_state_dict(state)
+    return adapted
+
+
+def _adapt_to(
+    layer: Callable[..., LowRankLinear],
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    modules_to_save: Sequence[str],
+    **layer_options: Any,
+) -> nn.Module:
+    """Adapt exactly the named modules with layers of the given ranks and scale 1."""
+    r, others = rank_patterns(ranks)
+    if others:
+        raise ConfigError(
+            f"the checkpoint has LoRA pairs of {len({*ranks.values()})} ranks, and adapt makes layers of one rank; "
+            f"import it as a PEFT adapter, with a config class of stiefelopt.integrations.peft in place of the layer."
+        )
+    exactly = "|".join(map(re.escape, ranks))
+    return adapt(
+        model, layer, target_modules=exactly, modules_to_save=modules_to_save, r=r, alpha=r, **layer_options
+    )
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -182,10 +246,8 @@ def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[st
                 f"the checkpoint holds {key!r}, which is neither half of a LoRA pair on a linear layer nor part of "
                 f"modules_to_save; only plain LoRA (bias='none') can be imported."
             )
-    if not pairs or len({a.shape[0] for a, _ in pairs.values()}) > 1:
-        raise ConfigError(
-            f"the checkpoint has {len(pairs)} LoRA pairs of several ranks or none; one rank is needed."
-        )
+    if not pairs:
+        raise ConfigError("the checkpoint has no LoRA pair; plain LoRA on linear layers is needed.")
     for name, (a, b) in pairs.items():
         if name not in modules:
             raise ConfigError(

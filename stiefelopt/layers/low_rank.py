@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..shapes import HALF, without_autocast
+from .shared import SharedBase
 
 
-def linear_sizes(base: nn.Module) -> tuple[int, int, bool]:
+def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
     """(in_features, out_features, whether the weight lies (in, out)) of a linear module.
 
     nn.Linear, transformers' Conv1D, and anything with in_features, out_features and such a weight.
@@ -22,6 +23,8 @@ def linear_sizes(base: nn.Module) -> tuple[int, int, bool]:
     Raises:
         ConfigError: not linear.
     """
+    if isinstance(base, SharedBase):
+        return linear_sizes(base.module)
     if isinstance(base, LowRankLinear):
         raise ConfigError(
             f"the base is a {type(base).__name__}, adapted already; use its own base, or merge_adapters first."
@@ -45,6 +48,11 @@ def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: obj
         raise ConfigError(
             f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}."
         )
+    check_scaling(alpha, dropout)
+
+
+def check_scaling(alpha: object, dropout: object) -> None:
+    """Refuse scales and dropout rates that no adapter can have."""
     if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
         raise ConfigError(f"alpha is {alpha!r}; a positive number is needed (default: r).")
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
@@ -54,6 +62,9 @@ def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: obj
 class LowRankLinear(nn.Module):
     """A frozen linear module with a trainable low-rank update U S V^T beside it.
 
+    A correction is what the initialization takes out again, so that the function starts unchanged: "fold" subtracts it
+    from the base weight, "keep" applies it as frozen factors beside it, "none" leaves it in.
+
     Attributes:
         base: the frozen module. U (out, r), S (r, r) or (r,), V (in, r): the factors, float32, or float64 when
             the base is; half precision never reaches them.
@@ -62,27 +73,36 @@ class LowRankLinear(nn.Module):
     """
 
     FACTORS = ("U", "S", "V")
-    folds = True  # whether a correction lies in the base weight, not beside it
+    CORRECTIONS: tuple[str, ...] = ("fold", "keep")
+    base: nn.Module  # or a `SharedBase`, which stands in for one
     U0: Tensor | None
     V0: Tensor | None
 
     def __init__(
         self,
-        base: nn.Module,
+        base: nn.Module | SharedBase,
         r: int,
         alpha: float | None = None,
         *,
+        correction: str = "fold",
         diagonal: bool = False,
         dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> None:
         super().__init__()
+        if correction not in self.CORRECTIONS:
+            known = ", ".join(map(repr, self.CORRECTIONS))
+            raise ConfigError(f"correction is {correction!r}; use one of {known}.")
+        if correction == "fold" and isinstance(base, SharedBase):
+            raise ConfigError("correction='fold' changes a base that others hold too; use 'keep'.")
         self.in_features, self.out_features, self.fan_in_fan_out = linear_sizes(base)
         check_options(r, (self.in_features, self.out_features), alpha, dropout)
         self.r, self.alpha = r, float(r if alpha is None else alpha)
         self.use_rslora, self.diagonal = use_rslora, diagonal
         self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
-        self.base = base.requires_grad_(False)
+        self.base = cast(nn.Module, base.requires_grad_(False))
+        self.correction = correction
+        self.folds = correction == "fold"  # whether a correction lies in the base weight, not beside it
         weight = self.weight
         options: dict[str, Any] = {
             "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
@@ -101,7 +121,7 @@ class LowRankLinear(nn.Module):
         self.register_state_dict_post_hook(_save_unmerged)
         # torch's fast paths (nn.TransformerEncoderLayer in eval) read .weight and would pass the adapter by; a hook
         # switches them off.
-        self.register_forward_pre_hook(_forbid_fast_path)
+        self.register_forward_pre_hook(forbid_fast_path)
 
     @property
     def weight(self) -> Tensor:
@@ -121,19 +141,29 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
         y = self.base(x)
-        if self.merged:
-            return y
+        return y if self.merged else self.add_update(y, x)
+
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Y + scale (dropout(x) V) S^T U^T, in y's dtype; y is base(x)."""
         h = self.dropout(x)
         if not torch.is_autocast_enabled(x.device.type):
             h = h.to(self.V.dtype)
         return self._plus_update(y, h)
 
     def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
-        """y + scale (h V) S^T U^T."""
-        h = h @ self.V
+        """Y + scale (h V) S^T U^T, less the correction beside it."""
+        z = h @ self.V
         # The scale goes to the r columns here, not to the wide result.
-        h = h * (self.S * self.scale) if self.diagonal else F.linear(h, self.S * self.scale)
-        return _plus_product(y, h, self.U)
+        z = z * (self.S * self.scale) if self.diagonal else F.linear(z, self.S * self.scale)
+        u0, v0 = self._correction_beside()
+        if v0 is not None:
+            z = torch.cat((z, -self.scale * (h @ v0)), -1)
+        return _plus_product(y, z, beside(self.U, u0))
+
+    def _correction_beside(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """U0 and V0, where the correction is applied beside the base weight."""
+        pair = self._corrected_by()
+        return (None, None) if pair is None or self.folds else pair
 
     # The update as a matrix
 
@@ -168,7 +198,7 @@ class LowRankLinear(nn.Module):
         us = self.U * self.S if self.diagonal else self.U @ self.S
         a, b = self.V.T.clone(), self.scale * us
         pair = self._corrected_by()
-        if pair is not None:
+        if pair is not None and bool(pair[0].any()):
             a, b = torch.cat((a, pair[1].T)), torch.cat((b, -self.scale * pair[0]), 1)
         return a.contiguous(), b.contiguous()
 
@@ -191,6 +221,13 @@ class LowRankLinear(nn.Module):
         if self.merged:
             self.base.weight = self._kept.pop("unmerged")
 
+    def require_own_weight(self) -> None:
+        """Refuse a layer that is merged into a base that others may be merged into too: unmerging has an order."""
+        if self.merged and isinstance(self.base, SharedBase):
+            raise ConfigError(
+                "the adapter is merged into a shared base; call the model's unmerge_adapter() first."
+            )
+
     def _replace_weight(self, delta: Tensor) -> Tensor:
         """Give the base its weight plus delta (out, in); returns the weight it had."""
         old = self.weight
@@ -204,6 +241,7 @@ class LowRankLinear(nn.Module):
     @without_autocast
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
         """Take scale u v^T out of the original base weight, in place of what was taken out before."""
+        self.require_own_weight()
         self.unmerge()
         if "original" in self._kept:
             self.base.weight = self._kept.pop("original")
@@ -300,12 +338,17 @@ def _save_unmerged(module: nn.Module, state: dict[str, Any], prefix: str, metada
     """
     assert isinstance(module, LowRankLinear)
     metadata["folds"] = module.folds
-    if module.merged:
+    if module.merged and prefix + "base.weight" in state:
         state[prefix + "base.weight"] = module._kept["unmerged"].detach()
 
 
-def _forbid_fast_path(module: nn.Module, args: object) -> None:
+def forbid_fast_path(module: nn.Module, args: object) -> None:
     """Nothing to do: that there is a hook is what counts."""
+
+
+def beside(a: Tensor, b: Tensor | None) -> Tensor:
+    """[a b], or a where there is no b."""
+    return a if b is None else torch.cat((a, b), -1)
 
 
 def _plus_product(y: Tensor, h: Tensor, u: Tensor) -> Tensor:

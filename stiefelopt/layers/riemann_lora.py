@@ -13,10 +13,10 @@ from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
-from .low_rank import LowRankLinear, linear_sizes
+from .low_rank import LowRankLinear, beside, linear_sizes
+from .shared import SharedBase
 
 INITS = ("random", "loi")
-CORRECTIONS = ("fold", "keep", "none")
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _LowRankUpdate(torch.autograd.Function):
     ) -> Tensor:
         r = s.shape[0]
         rows = h.reshape(-1, h.shape[-1])
-        z = rows @ _beside(v, v0)
+        z = rows @ beside(v, v0)
         # S, V and V0 are for dL/dh alone.
         behind = (s, v, v0) if ctx.needs_input_grad[1] else (None, None, None)
         ctx.save_for_backward(h, z[:, :r], u, u0, *behind)
@@ -48,7 +48,7 @@ class _LowRankUpdate(torch.autograd.Function):
         mixed = z[:, :r] @ (scale * s).mT
         if u0 is not None:
             mixed = torch.cat((mixed, -scale * z[:, r:]), -1)
-        wide = _beside(u, u0).mT
+        wide = beside(u, u0).mT
         flat = y.reshape(-1, y.shape[-1])
         out = (
             torch.addmm(flat, mixed, wide)
@@ -70,7 +70,7 @@ class _LowRankUpdate(torch.autograd.Function):
         h, z, u, u0, s, v, v0 = ctx.saved_tensors
         r = u.shape[1]
         rows = dy.reshape(-1, dy.shape[-1]).to(h.dtype)
-        inner = ctx.scale * (rows @ _beside(u, u0))
+        inner = ctx.scale * (rows @ beside(u, u0))
         own = inner[:, :r]
         gu = ctx.scale * (rows.mT @ z)
         gs = own.mT @ z
@@ -80,7 +80,7 @@ class _LowRankUpdate(torch.autograd.Function):
             mixed = own @ s
             if u0 is not None:
                 mixed = torch.cat((mixed, -inner[:, r:]), -1)
-            dh = (mixed @ _beside(v, v0).mT).reshape(h.shape)
+            dh = (mixed @ beside(v, v0).mT).reshape(h.shape)
         return dh, gu, gs, gv
 
 
@@ -97,10 +97,6 @@ class _NotTwice(torch.autograd.Function):
             "RiemannLoRALinear is differentiable once: its gradients G V, U^T G V, G^T U are no derivatives of a "
             "function. Use StelLALinear where a loss contains gradients, or merge() what is only to be differentiated."
         )
-
-
-def _beside(a: Tensor, b: Tensor | None) -> Tensor:
-    return a if b is None else torch.cat((a, b), -1)
 
 
 def check_scale(scale: object) -> None:
@@ -140,9 +136,11 @@ class RiemannLoRALinear(LowRankLinear):
     Reference: Bogachev et al., RiemannLoRA (arXiv 2507.12142).
     """
 
+    CORRECTIONS = ("fold", "keep", "none")
+
     def __init__(
         self,
-        base: nn.Module,
+        base: nn.Module | SharedBase,
         r: int,
         alpha: float | None = None,
         *,
@@ -156,38 +154,32 @@ class RiemannLoRALinear(LowRankLinear):
     ) -> None:
         if init not in INITS:
             raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
-        if correction is not None and correction not in CORRECTIONS:
-            raise ConfigError(
-                f"correction is {correction!r}; use one of {', '.join(map(repr, CORRECTIONS))}."
-            )
         check_scale(scale)
         linear_sizes(base)
-        exact = base.weight.dtype not in HALF
-        if correction == "fold" and not exact:
+        exact = base.weight.dtype not in HALF and not isinstance(base, SharedBase)
+        if correction == "fold" and base.weight.dtype in HALF:
             raise ConfigError(
                 f"correction='fold' rounds away in a {base.weight.dtype} base weight; use 'keep', the default there."
             )
-        super().__init__(base, r, alpha, dropout=dropout, use_rslora=use_rslora)
+        correction = correction or ("fold" if exact else "keep")
+        super().__init__(base, r, alpha, correction=correction, dropout=dropout, use_rslora=use_rslora)
         self.init, self.start = init, 0.01 / math.sqrt(r) if scale is None else float(scale)
-        self.correction = correction or ("fold" if exact else "keep")
-        self.folds = self.correction == "fold"
         for name in self.FACTORS:
             declare(self, name, manifold=FixedRank().spec(), gradient="projected")
         # What replaces the update while `loi_init` looks for a start.
         self._probe: Callable[[Tensor, Tensor], Tensor] | None = None
         self.reset_parameters(generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
-        return super().forward(x) if self._probe is None else self._probe(self.base(x), x)
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """As in the base class, but for `loi_init`'s probe."""
+        return super().add_update(y, x) if self._probe is None else self._probe(y, x)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start again at random U and V; a correction of the base weight is undone first."""
-        if self.U.is_meta:
-            return
         u, v = (
-            Stiefel().random_point(*f.shape, dtype=f.dtype, generator=generator) for f in (self.U, self.V)
+            f if f.is_meta else Stiefel().random_point(*f.shape, dtype=f.dtype, generator=generator)
+            for f in (self.U, self.V)
         )
         self.start_at(u, v)
 
@@ -204,11 +196,14 @@ class RiemannLoRALinear(LowRankLinear):
             self._correct(self.start * self.U, self.V)
 
     def factors_from(self, u: Tensor, s: Tensor, v: Tensor) -> dict[str, Tensor]:
-        """As in the base class; where rank is missing, S gets the start's size and the correction takes it out."""
+        """As in the base class; where rank is missing, S gets the start's size and the correction takes it out.
+
+        Beside a shared base it is never left out, zero or not: PEFT loads only the tensors that a fresh adapter has.
+        """
         present = s > 1e-6 * s.max()
         raised = torch.where(present, s, torch.full_like(s, abs(self.start)))
         state = super().factors_from(u, raised, v)
-        if self.correction != "none" and not bool(present.all()):
+        if self.correction != "none" and (isinstance(self.base, SharedBase) or not bool(present.all())):
             state.update(U0=u * (raised - s), V0=v)
         return state
 
@@ -225,8 +220,8 @@ class RiemannLoRALinear(LowRankLinear):
         # Autocast leaves float64 alone.
         if torch.is_autocast_enabled(h.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(h.device.type)
-        pair = (None, None) if self.folds else (self.U0, self.V0)
-        u, s, v, u0, v0 = (t if t is None else t.to(dtype) for t in (self.U, self.S, self.V, *pair))
+        factors = (self.U, self.S, self.V, *self._correction_beside())
+        u, s, v, u0, v0 = (t if t is None else t.to(dtype) for t in factors)
         return _LowRankUpdate.apply(y, h.to(dtype), u, s, v, self.scale, u0, v0)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import Stiefel
 from .low_rank import LowRankLinear
+from .shared import SharedBase
 
 INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
 
@@ -27,6 +30,8 @@ class StelLALinear(LowRankLinear):
             "pseudo-zero": the same with S = I and (alpha / r) U V^T taken out of the base weight, so that the function
             starts unchanged. "svd-major", "svd-minor": U, V the r leading or trailing singular vectors of the
             base weight, S = I, base untouched.
+        correction: how "pseudo-zero" takes it out: "fold", subtracted from the base weight, or "keep", frozen factors
+            beside it, at about twice the products of the adapter.
         diagonal: S is a vector (r,) instead of a matrix.
         dropout: on the adapter's input.
         use_rslora: scale alpha / sqrt(r).
@@ -41,11 +46,12 @@ class StelLALinear(LowRankLinear):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: nn.Module | SharedBase,
         r: int,
         alpha: float | None = None,
         *,
         init: str = "random",
+        correction: str = "fold",
         diagonal: bool = False,
         dropout: float = 0.0,
         use_rslora: bool = False,
@@ -54,28 +60,38 @@ class StelLALinear(LowRankLinear):
     ) -> None:
         if init not in INITS:
             raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
-        if reference_dim is not None and not (isinstance(reference_dim, int) and reference_dim > 0):
+        options: dict[str, Any] = {"diagonal": diagonal, "dropout": dropout, "use_rslora": use_rslora}
+        super().__init__(base, r, alpha, correction=correction, **options)
+        self.init = init
+        self.set_reference_dim(self.in_features if reference_dim is None else reference_dim)
+        declare(self, "S", role="scale")
+        self.reset_parameters(generator)
+
+    def set_reference_dim(self, reference_dim: int) -> None:
+        """Set the d of the displacement scale and declare U and V with it.
+
+        Raises:
+            ConfigError: no positive integer.
+        """
+        if not (isinstance(reference_dim, int) and reference_dim > 0):
             raise ConfigError(
                 f"reference_dim is {reference_dim!r}; a positive integer is needed: the model's hidden size."
             )
-        super().__init__(base, r, alpha, diagonal=diagonal, dropout=dropout, use_rslora=use_rslora)
-        self.init = init
-        self.reference_dim = self.in_features if reference_dim is None else reference_dim
+        self.reference_dim = reference_dim
         keys = {
             "manifold": Stiefel().spec(),
             "orientation": "columns",
             "displacement_scale": "stella",
-            "reference_dim": self.reference_dim,
+            "reference_dim": reference_dim,
         }
         declare(self, "U", **keys)
         declare(self, "V", **keys)
-        declare(self, "S", role="scale")
-        self.reset_parameters(generator)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the factors again; a correction of the base weight is undone first."""
         self._correct(None, None)
+        self.folds = self.correction == "fold"  # a loaded state may have been the other way
         if self.init.startswith("svd"):
             self._set_singular_vectors(leading=self.init == "svd-major")
         else:

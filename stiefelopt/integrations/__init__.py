@@ -1,0 +1,1 @@
+"""stiefelopt inside other libraries. Each module needs its extra: pip install stiefelopt[peft], [transformers], ..."""

@@ -1,0 +1,55 @@
+"""How `export_lora` and `import_lora` read a model that PEFT has adapted with our tuners."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from ...errors import ConfigError, UnknownNameError
+from ...layers.lora import Parts
+from .layer import AdaptedLinear
+
+
+def peft_parts(model: nn.Module, adapter_name: str | None) -> Parts | None:
+    """The parts of one adapter; None if the model holds no layer of ours.
+
+    Raises:
+        UnknownNameError: no adapter of that name.
+        ConfigError: several are active, or the one is more than plain LoRA.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, AdaptedLinear)}
+    if not layers:
+        return None
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    name = _chosen(adapter_name, next(iter(layers.values())), configs)
+    config = configs[name]
+    if config.bias != "none":
+        raise ConfigError(f"the adapter {name!r} trains biases, which a plain LoRA checkpoint lacks.")
+    saved = {}
+    for key, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            if name in module.modules_to_save:
+                saved[key] = module.modules_to_save[name]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise ConfigError(
+                f"{key} is a {type(module).__name__}, which a plain LoRA checkpoint cannot hold."
+            )
+    about = {"task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path}
+    return Parts(
+        base, {key: m.adapters[name] for key, m in layers.items() if name in m.adapters}, saved, about
+    )
+
+
+def _chosen(adapter_name: str | None, layer: AdaptedLinear, configs: dict[str, Any]) -> str:
+    """The adapter that is meant."""
+    active = layer.active_adapters
+    if adapter_name is None and len(active) != 1:
+        raise ConfigError(f"the active adapters are {active}; say which one: adapter_name=...")
+    name = active[0] if adapter_name is None else adapter_name
+    if name not in configs:
+        raise UnknownNameError(f"there is no adapter {name!r}; there are {', '.join(map(repr, configs))}.")
+    return name
