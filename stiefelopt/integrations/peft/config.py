@@ -42,6 +42,7 @@ class LowRankConfig(PeftConfig):
         layers_to_transform, layers_pattern: indices of the layers to adapt, and the name of their list.
         rank_pattern, alpha_pattern: names or regular expressions -> ranks and alphas other than the default.
         init: how the factors start; see the layer.
+        registered_by: for the reader of a saved adapter_config.json, whose PEFT does not know the method.
 
     Raises:
         ConfigError: an option out of range. What depends on the model is checked when layers are made.
@@ -60,6 +61,7 @@ class LowRankConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init: str = "random"
+    registered_by: str = "import stiefelopt.integrations.peft"
 
     METHOD: ClassVar[Method]
     LAYER: ClassVar[type[LowRankLinear]]
