@@ -50,6 +50,7 @@ from stiefelopt.integrations.peft.checkpoint import peft_parts  # noqa: E402
 from stiefelopt.integrations.peft.config import LowRankConfig  # noqa: E402
 from stiefelopt.integrations.peft.layer import AdaptedLinear  # noqa: E402
 from stiefelopt.integrations.peft.model import StellaModel  # noqa: E402
+from stiefelopt.integrations.peft.registration import Method  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -582,10 +583,12 @@ def test_a_broken_adapter_is_not_merged_safely(config: Config) -> None:
     weights = base_weights(model)
     with pytest.raises(ConfigError, match=r"NaNs detected.*default"):
         model.merge_adapter(safe_merge=True)
-    broken = list(tuner_layers(model).values())[-1]
-    assert not broken.merged
-    assert torch.equal(base_weights(model)[-1], weights[-1])
-    model.unmerge_adapter()
+    assert not any(m.merged for m in tuner_layers(model).values())
+    assert all(map(torch.equal, base_weights(model), weights))
+    layers = tuner_layers(model)
+    with pytest.raises(ConfigError, match=r"NaNs detected.*default"):
+        model.merge_and_unload(safe_merge=True)
+    assert tuner_layers(model) == layers
     assert all(map(torch.equal, base_weights(model), weights))
 
 
@@ -880,6 +883,37 @@ def test_pefts_own_conversion_to_lora(config: Config, make: Make, tmp_path: Path
     near(logits(PeftModel.from_pretrained(make(), tmp_path)), logits(model), 1e-5)
 
 
+def test_import_takes_a_class_and_keeps_the_task(tmp_path: Path) -> None:
+    lora_checkpoint(llama, tmp_path, target_modules=TARGETS, task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match=r"object StellaConfig.*a class is needed"):
+        import_lora(llama(), tmp_path, StellaConfig(r=3))
+    model = import_lora(llama(), tmp_path, StellaConfig)
+    assert isinstance(model, peft.PeftModelForCausalLM)
+
+
+@pytest.mark.parametrize("options", [{}, {"diagonal": True}], ids=["full", "diagonal"])
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["Linear", "Conv1D"])
+def test_pseudo_zero_stays_beside_the_base_all_the_way(
+    make: Make, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Trained, saved, merged, exported: the start is taken out exactly once each time."""
+    targets = TARGETS if make is llama else ["c_attn"]
+    model = made(StellaConfig, make, init="pseudo-zero", target_modules=targets, **options)
+    weights = base_weights(model)
+    near(logits(model), logits(make()))
+    train(model)
+    expected = logits(model)
+    far(expected, logits(make()))
+    assert all(map(torch.equal, base_weights(model), weights))
+    model.save_pretrained(tmp_path / "ours")
+    near(double_logits(with_dense_weights(make, tmp_path / "ours")), expected, 2e-5)
+    torch.manual_seed(9)
+    near(logits(PeftModel.from_pretrained(make(), tmp_path / "ours", low_cpu_mem_usage=True)), expected, 0)
+    export_lora(model, tmp_path / "lora")
+    near(logits(PeftModel.from_pretrained(make(), tmp_path / "lora")), expected, 1e-5)
+    near(logits(model.merge_and_unload()), expected, 1e-5)
+
+
 # Locally optimal initialization
 
 
@@ -988,24 +1022,29 @@ def test_the_peft_that_is_tested_is_the_one_that_is_claimed() -> None:
     assert peft.__version__.startswith(registration.TESTED + ".")
 
 
-def test_a_peft_that_keeps_its_tables_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING")
-    with pytest.raises(
-        ConfigError, match=r"no dictionary peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.*peft==0.21"
-    ):
-        registration.register(StellaConfig, StellaModel, lambda model, name: None)
+@pytest.mark.parametrize(
+    "place", ["peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING", "peft.tuners.tuners_utils.check_adapters_to_merge"]
+)
+def test_a_peft_that_has_moved_things_is_refused(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(registration.__file__).read_text()
+    names = {"__name__": registration.__name__, "__package__": registration.__package__}
+    exec(compile(source, registration.__file__, "exec"), dict(names))
+    monkeypatch.delattr(place)
+    with pytest.raises(ImportError, match=rf"has moved.*{place.rpartition('.')[2]}.*peft==0\.21"):
+        exec(compile(source, registration.__file__, "exec"), dict(names))
 
 
 def test_a_peft_with_a_method_of_that_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "STELLA", LoraConfig)
-    with pytest.raises(ConfigError, match="has a method STELLA already"):
-        registration.register(StellaConfig, StellaModel, lambda model, name: None)
+    with pytest.raises(ConfigError, match=r"has a method STELLA already.*LoraConfig.*peft==0\.21"):
+        registration.register(Method.STELLA, StellaConfig, StellaModel, peft_parts)
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["STELLA"] is LoraConfig
 
 
 def test_another_peft_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft, "__version__", "0.23.1")
-    with pytest.warns(UserWarning, match=r"tested with peft 0.21; this is 0.23.1"):
-        registration.register(StellaConfig, StellaModel, peft_parts)
+    with pytest.warns(UserWarning, match=r"This is peft 0\.23\.1; .*tested with peft 0\.21"):
+        registration.register(Method.STELLA, StellaConfig, StellaModel, peft_parts)
 
 
 # The page

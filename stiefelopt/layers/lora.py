@@ -174,6 +174,11 @@ def import_lora(
     Raises:
         ConfigError: not a plain LoRA checkpoint, or it does not fit the model.
     """
+    if not callable(layer):
+        raise ConfigError(
+            f"layer is the object {type(layer).__name__}(...); a class is needed, and its options after it: "
+            f"import_lora(model, directory, {type(layer).__name__}, ...)."
+        )
     safetensors = _safetensors()
     path = Path(directory)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
@@ -189,7 +194,8 @@ def import_lora(
     endings = list(config.get("modules_to_save") or ())
     pairs, saved = _sort_tensors(model, tensors, endings)
     put_in = getattr(layer, "put_in", None) or functools.partial(_adapt_to, layer)
-    adapted = put_in(model, {name: len(a) for name, (a, _) in pairs.items()}, endings, **layer_options)
+    ranks = {name: len(a) for name, (a, _) in pairs.items()}
+    adapted = put_in(model, ranks, endings, {"task_type": config.get("task_type")}, **layer_options)
     parts = parts_of(adapted, None)
     for name, (a, b) in pairs.items():
         scaled = _lora_scale(config, name, len(a)) * b.double()
@@ -204,9 +210,10 @@ def _adapt_to(
     model: nn.Module,
     ranks: Mapping[str, int],
     modules_to_save: Sequence[str],
+    about: Mapping[str, Any],
     **layer_options: Any,
 ) -> nn.Module:
-    """Adapt exactly the named modules with layers of the given ranks and scale 1."""
+    """Adapt exactly the named modules with layers of the given rank and scale 1; what it is about has no place here."""
     r, others = rank_patterns(ranks)
     if others:
         raise ConfigError(

@@ -92,7 +92,7 @@ class StelLALinear(LowRankLinear):
         """Initialize the factors again; a correction of the base weight is undone first."""
         self._correct(None, None)
         self.folds = self.correction == "fold"  # a loaded state may have been the other way
-        if self.init.startswith("svd"):
+        if self.init.startswith("svd") and not self.U.is_meta:
             self._set_singular_vectors(leading=self.init == "svd-major")
         else:
             for factor in (self.U, self.V):

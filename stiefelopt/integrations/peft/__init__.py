@@ -11,7 +11,7 @@ from .checkpoint import peft_parts
 from .config import RiemannLoraConfig, StellaConfig
 from .layer import RiemannLoraLinear, StellaLinear
 from .model import RiemannLoraModel, StellaModel
-from .registration import register
+from .registration import Method, register
 
 __all__ = [
     "RiemannLoraConfig",
@@ -22,5 +22,5 @@ __all__ = [
     "StellaModel",
 ]
 
-register(StellaConfig, StellaModel, peft_parts)
-register(RiemannLoraConfig, RiemannLoraModel, peft_parts)
+register(Method.STELLA, StellaConfig, StellaModel, peft_parts)
+register(Method.RIEMANN_LORA, RiemannLoraConfig, RiemannLoraModel, peft_parts)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ...errors import ConfigError, UnknownNameError
 from ...layers.lora import Parts
 from .layer import AdaptedLinear
+from .registration import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftModel
 
 
 def peft_parts(model: nn.Module, adapter_name: str | None) -> Parts | None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, ClassVar
 
-from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from ...errors import ConfigError
@@ -17,13 +15,7 @@ from ...layers import stella as stella_layer
 from ...layers.lora import exact_targets, rank_patterns
 from ...layers.low_rank import check_scaling
 from ...layers.shared import SharedBase
-
-
-class Method(str, Enum):
-    """Our members of PEFT's PeftType, which is closed: equal to their names and hashed like them."""
-
-    STELLA = "STELLA"
-    RIEMANN_LORA = "RIEMANN_LORA"
+from .registration import Method, PeftConfig, get_peft_model
 
 
 @dataclass
@@ -102,7 +94,12 @@ class LowRankConfig(PeftConfig):
 
     @classmethod
     def put_in(
-        cls, model: nn.Module, ranks: Mapping[str, int], modules_to_save: Sequence[str], **options: Any
+        cls,
+        model: nn.Module,
+        ranks: Mapping[str, int],
+        modules_to_save: Sequence[str],
+        about: Mapping[str, Any],
+        **options: Any,
     ) -> nn.Module:
         """A PeftModel with adapters of these ranks and scale 1 in exactly these modules, for `import_lora`."""
         r, rank_pattern = rank_patterns(ranks)
@@ -111,7 +108,7 @@ class LowRankConfig(PeftConfig):
             rank_pattern=rank_pattern,
             target_modules=exact_targets(model, ranks),
             modules_to_save=list(modules_to_save) or None,
-            **options,
+            **{**about, **options},
         )
         return get_peft_model(model, config)
 

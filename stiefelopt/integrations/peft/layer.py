@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ShapeError
 from ...layers import LowRankLinear
 from ...layers.low_rank import forbid_fast_path, linear_sizes
 from .config import LowRankConfig
+from .registration import BaseTunerLayer, check_adapters_to_merge
 
 # PEFT's name, in mixed batches, for rows without an adapter.
 BASE = "__base__"
@@ -119,7 +119,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             self.adapters[name].merge()
             self.merged_adapters.append(name)
             if safe_merge and not bool(torch.isfinite(self.adapters[name].weight).all()):
-                self._unmerge_to(merged_before)
+                self.unmerge_to(merged_before)
                 raise ConfigError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing is merged."
                 )
@@ -128,10 +128,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Put the base weight back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        self._unmerge_to(0)
+        self.unmerge_to(0)
 
-    def _unmerge_to(self, count: int) -> None:
-        """Undo the last merges; each adapter holds the weight from before its own."""
+    def unmerge_to(self, count: int) -> None:
+        """Undo the last merges, down to that many; each adapter holds the weight from before its own."""
         while len(self.merged_adapters) > count:
             self.adapters[self.merged_adapters.pop()].unmerge()
 

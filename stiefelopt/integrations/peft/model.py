@@ -8,23 +8,20 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ...errors import ConfigError, UnknownNameError
 from ...layers import StelLALinear
 from .config import LowRankConfig, StellaConfig
 from .layer import BASE, AdaptedLinear, RiemannLoraLinear, StellaLinear
+from .registration import TARGET_MODULES, AuxiliaryTrainingWrapper, BaseTuner, LoraConfig, get_pattern_key
 
 
 class LowRankModel(BaseTuner):
     """A model with adapted layers."""
 
     tuner_layer_cls: ClassVar[type[AdaptedLinear]]
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TARGET_MODULES
 
     def _create_and_replace(
         self,
@@ -82,6 +79,31 @@ class LowRankModel(BaseTuner):
         # What PEFT refuses for LoRA (layers whose weight is read past their forward) it must refuse for us.
         super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; if ``safe_merge`` refuses an adapter, no layer is merged."""
+        merged = self._merged()
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ConfigError:
+            _unmerge_to(merged)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:  # the whole model before the first layer is taken out
+            merged = self._merged()
+            self.merge_adapter(adapter_names, safe_merge=True)
+            _unmerge_to(merged)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _merged(self) -> dict[AdaptedLinear, int]:
+        return {m: len(m.merged_adapters) for m in self.modules() if isinstance(m, AdaptedLinear)}
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """While this is entered, every layer is told the adapter of each row (``adapter_names``)."""
@@ -117,6 +139,11 @@ class LowRankModel(BaseTuner):
 def _layers_of(model: nn.Module, adapter_name: str) -> list[Any]:
     found = (m.adapters.get(adapter_name) for m in model.modules() if isinstance(m, AdaptedLinear))
     return [layer for layer in found if layer is not None]
+
+
+def _unmerge_to(merged: dict[AdaptedLinear, int]) -> None:
+    for layer, count in merged.items():
+        layer.unmerge_to(count)
 
 
 def _with_names(

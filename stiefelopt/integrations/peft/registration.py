@@ -1,4 +1,4 @@
-"""The one place that touches PEFT's tables.
+"""The one place that reaches into PEFT: what the tuners stand on, and the tables in which methods are registered.
 
 PEFT's own `register_peft_method` insists on a member of the closed enumeration PeftType. Its tables are dictionaries by
 that type, and a string enumeration of our own is as good a key, since it equals its name and hashes like it.
@@ -6,61 +6,71 @@ that type, and a string enumeration of our own is as good a key, since it equals
 
 from __future__ import annotations
 
-import importlib
 import warnings
+from enum import Enum
 from typing import Any
-
-import peft
 
 from ...errors import ConfigError
 from ...layers.lora import READERS, Reader
-from .config import LowRankConfig
-from .model import LowRankModel
 
 TESTED = "0.21"  # the PEFT series that the tests have run with
+_WAY_OUT = f"stiefelopt's tuners are tested with peft {TESTED}: pip install 'peft=={TESTED}.*'"
 
-_TABLES = {
-    "PEFT_TYPE_TO_CONFIG_MAPPING": "config",
-    "PEFT_TYPE_TO_TUNER_MAPPING": "tuner",
-    "PEFT_TYPE_TO_PREFIX_MAPPING": "prefix",
-}
+try:
+    import peft
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft.mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGET_MODULES
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
+except ImportError as error:
+    raise ImportError(f"peft is missing, or has moved what is needed here ({error}). {_WAY_OUT}") from error
+
+__all__ = [
+    "TARGET_MODULES",
+    "TESTED",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "LoraConfig",
+    "Method",
+    "ModulesToSaveWrapper",
+    "PeftConfig",
+    "PeftModel",
+    "check_adapters_to_merge",
+    "get_pattern_key",
+    "get_peft_model",
+    "register",
+]
 
 
-def _tables() -> dict[str, dict[Any, Any]]:
-    """PEFT's tables by what they hold.
+class Method(str, Enum):
+    """Our members of PEFT's PeftType: equal to their names and hashed like them."""
 
-    Raises:
-        ConfigError: this PEFT keeps them elsewhere.
-    """
-    mapping = importlib.import_module("peft.mapping")
-    tables = {what: getattr(mapping, name, None) for name, what in _TABLES.items()}
-    missing = [name for name, what in _TABLES.items() if not isinstance(tables[what], dict)]
-    if missing:
-        raise ConfigError(
-            f"peft {peft.__version__} has no dictionary peft.mapping.{missing[0]}, where methods are registered; "
-            f"stiefelopt's tuners are tested with peft {TESTED}: pip install 'peft=={TESTED}.*'."
-        )
-    return {what: table for what, table in tables.items() if table is not None}
+    STELLA = "STELLA"
+    RIEMANN_LORA = "RIEMANN_LORA"
 
 
-def register(config: type[LowRankConfig], tuner: type[LowRankModel], reader: Reader) -> None:
+def register(method: Method, config: type[Any], tuner: type[Any], reader: Reader) -> None:
     """Make a method known to PEFT, and its models to `export_lora`. Registered twice is registered once.
 
     Raises:
-        ConfigError: this PEFT has other tables, or a method of that name of its own.
+        ConfigError: this PEFT has a method of that name of its own.
     """
-    tables = _tables()
-    key = config.METHOD
-    known = tables["config"].get(key)
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(method)
     if known is not None and known.__module__ != config.__module__:
         raise ConfigError(
-            f"peft {peft.__version__} has a method {key.value} already ({known.__module__}.{known.__name__}); "
-            f"stiefelopt's is tested with peft {TESTED}: pip install 'peft=={TESTED}.*'."
+            f"peft {peft.__version__} has a method {method.value} already ({known.__module__}.{known.__name__}). "
+            f"{_WAY_OUT}."
         )
     if not peft.__version__.startswith(f"{TESTED}."):
-        warnings.warn(
-            f"stiefelopt's tuners are tested with peft {TESTED}; this is {peft.__version__}.", stacklevel=2
-        )
-    tables["config"][key], tables["tuner"][key], tables["prefix"][key] = config, tuner, tuner.prefix
+        warnings.warn(f"This is peft {peft.__version__}; {_WAY_OUT}.", stacklevel=2)
+    PEFT_TYPE_TO_CONFIG_MAPPING[method] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[method] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[method] = tuner.prefix
     if reader not in READERS:
         READERS.append(reader)
