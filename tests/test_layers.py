@@ -26,10 +26,14 @@ from stiefelopt import (
     merge_adapters,
     param_groups,
 )
+from stiefelopt.layers.shared import SharedBase
 
 torch.set_num_threads(1)
 
 INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
+# And "pseudo-zero" with correction="keep".
+KEPT = "pseudo-zero kept"
+STARTS = (*INITS, KEPT)
 # RiemannLoRALinear with each of its corrections, by the same name.
 CORRECTIONS = ("fold", "keep", "none")
 every_init = pytest.mark.parametrize("init", INITS)
@@ -38,14 +42,14 @@ both_shapes_of_s = pytest.mark.parametrize("diagonal", [False, True], ids=["full
 every_layer = pytest.mark.parametrize(
     ("init", "diagonal"),
     [
-        *(pytest.param(i, d, id=f"{i}-{'diagonal' if d else 'full'}") for i in INITS for d in (False, True)),
+        *(pytest.param(i, d, id=f"{i}-{'diagonal' if d else 'full'}") for i in STARTS for d in (False, True)),
         *(pytest.param(c, False, id=c) for c in CORRECTIONS),
     ],
 )
-every_start = pytest.mark.parametrize("init", [*INITS, *CORRECTIONS])
+every_start = pytest.mark.parametrize("init", [*STARTS, *CORRECTIONS])
 # A half-precision base takes no fold.
-every_start_in_half = pytest.mark.parametrize("init", [*INITS, "keep", "none"])
-corrected = ("pseudo-zero", "fold", "keep")
+every_start_in_half = pytest.mark.parametrize("init", [*STARTS, "keep", "none"])
+corrected = ("pseudo-zero", KEPT, "fold", "keep")
 OUT, IN, R = 7, 10, 3
 
 
@@ -106,7 +110,7 @@ every_base = pytest.mark.parametrize("make", BASES.values(), ids=list(BASES))
 
 
 def layer_on(
-    base: nn.Module,
+    base: nn.Module | SharedBase,
     r: int = R,
     alpha: float | None = 4.0,
     *,
@@ -119,6 +123,8 @@ def layer_on(
     if init in CORRECTIONS:
         options.pop("diagonal", None)
         return RiemannLoRALinear(base, r, alpha, correction=init, scale=0.8, generator=generator, **options)
+    if init == KEPT:
+        init, options["correction"] = "pseudo-zero", "keep"
     return StelLALinear(base, r, alpha, init=init, generator=generator, **options)
 
 
@@ -1015,3 +1021,40 @@ def test_merge_adapters_of_a_layer_and_of_a_plain_model() -> None:
     assert_near(plain(x).detach(), expected)
     with pytest.raises(ConfigError, match=r"no adapted layer.*adapt\("):
         merge_adapters(Model())
+
+
+# A base that somebody else holds
+
+
+@pytest.mark.parametrize("init", [KEPT, "svd-minor", "keep", "none"])
+@pytest.mark.parametrize(
+    "make", [linear, conv1d, BASES["weight as buffer"]], ids=["Linear", "Conv1D", "buffer"]
+)
+def test_layers_on_one_shared_base(make: Callable[[], Any], init: str) -> None:
+    """They read it, merge into it one after the other and come out again in the opposite order; it is no submodule."""
+    base = make()
+    before = base.weight
+    trainable = {name: p.requires_grad for name, p in base.named_parameters()}
+    first, second = (trained(layer_on(SharedBase(base), init=init, seed=s), seed=s) for s in (1, 2))
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == trainable
+    assert all(not name.startswith("base") for name in first.state_dict())
+    x = inputs(4)
+    expected = second.add_update(first(x), x).detach()
+    first.merge()
+    second.merge()
+    assert_near(base(x).detach(), expected)
+    assert first.state_dict().keys() == layer_on(SharedBase(make()), init=init).state_dict().keys()
+    with pytest.raises(ConfigError, match=r"unmerge_adapter\(\) first"):
+        first.load_factors(second.factor_state())
+    second.unmerge()
+    first.unmerge()
+    assert base.weight is before
+
+
+def test_nothing_is_folded_into_a_shared_base() -> None:
+    for make in (StelLALinear, RiemannLoRALinear):
+        with pytest.raises(ConfigError, match=r"'fold' changes a base that others hold.*'keep'"):
+            make(SharedBase(linear()), R, correction="fold")
+    assert RiemannLoRALinear(SharedBase(linear()), R).correction == "keep"
+    with pytest.raises(ConfigError, match=r"'none'.*'fold', 'keep'"):
+        StelLALinear(linear(), R, correction="none")

@@ -63,7 +63,8 @@ class LowRankLinear(nn.Module):
     """A frozen linear module with a trainable low-rank update U S V^T beside it.
 
     A correction is what the initialization takes out again, so that the function starts unchanged: "fold" subtracts it
-    from the base weight, "keep" applies it as frozen factors beside it, "none" leaves it in.
+    from the base weight, "keep" applies it as frozen factors beside it, "none" leaves it in. Default: "fold", or "keep"
+    where others hold the base too.
 
     Attributes:
         base: the frozen module. U (out, r), S (r, r) or (r,), V (in, r): the factors, float32, or float64 when
@@ -84,12 +85,14 @@ class LowRankLinear(nn.Module):
         r: int,
         alpha: float | None = None,
         *,
-        correction: str = "fold",
+        correction: str | None = None,
         diagonal: bool = False,
         dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> None:
         super().__init__()
+        if correction is None:
+            correction = "keep" if isinstance(base, SharedBase) else "fold"
         if correction not in self.CORRECTIONS:
             known = ", ".join(map(repr, self.CORRECTIONS))
             raise ConfigError(f"correction is {correction!r}; use one of {known}.")

@@ -156,12 +156,13 @@ class RiemannLoRALinear(LowRankLinear):
             raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
         check_scale(scale)
         linear_sizes(base)
-        exact = base.weight.dtype not in HALF and not isinstance(base, SharedBase)
-        if correction == "fold" and base.weight.dtype in HALF:
-            raise ConfigError(
-                f"correction='fold' rounds away in a {base.weight.dtype} base weight; use 'keep', the default there."
-            )
-        correction = correction or ("fold" if exact else "keep")
+        if base.weight.dtype in HALF:
+            if correction == "fold":
+                raise ConfigError(
+                    f"correction='fold' rounds away in a {base.weight.dtype} base weight; use 'keep', the default "
+                    f"there."
+                )
+            correction = correction or "keep"
         super().__init__(base, r, alpha, correction=correction, dropout=dropout, use_rslora=use_rslora)
         self.init, self.start = init, 0.01 / math.sqrt(r) if scale is None else float(scale)
         for name in self.FACTORS:

@@ -30,8 +30,8 @@ class StelLALinear(LowRankLinear):
             "pseudo-zero": the same with S = I and (alpha / r) U V^T taken out of the base weight, so that the function
             starts unchanged. "svd-major", "svd-minor": U, V the r leading or trailing singular vectors of the
             base weight, S = I, base untouched.
-        correction: how "pseudo-zero" takes it out: "fold", subtracted from the base weight, or "keep", frozen factors
-            beside it, at about twice the products of the adapter.
+        correction: how "pseudo-zero" takes it out: "fold" (default), subtracted from the base weight, or "keep", frozen
+            factors beside it, at about twice the products of the adapter.
         diagonal: S is a vector (r,) instead of a matrix.
         dropout: on the adapter's input.
         use_rslora: scale alpha / sqrt(r).
@@ -51,7 +51,7 @@ class StelLALinear(LowRankLinear):
         alpha: float | None = None,
         *,
         init: str = "random",
-        correction: str = "fold",
+        correction: str | None = None,
         diagonal: bool = False,
         dropout: float = 0.0,
         use_rslora: bool = False,

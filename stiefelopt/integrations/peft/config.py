@@ -89,8 +89,8 @@ class LowRankConfig(PeftConfig):
         return {"dropout": self.lora_dropout, "use_rslora": self.use_rslora, "init": self.init}
 
     def make_layer(self, base: nn.Module, r: int, alpha: float | None) -> LowRankLinear:
-        """One adapter beside a base layer that others may share; corrections stay beside it."""
-        return self.LAYER(SharedBase(base), r, alpha, correction="keep", **self.layer_options())
+        """One adapter beside a base layer that others may share; a correction stays beside it."""
+        return self.LAYER(SharedBase(base), r, alpha, **self.layer_options())
 
     @classmethod
     def put_in(

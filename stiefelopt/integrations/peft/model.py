@@ -52,13 +52,13 @@ class LowRankModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; an adapter that does not fit leaves the model as it was."""
-        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self._take_out(model, adapter_name)
-            for name, p in model.named_parameters():
-                p.requires_grad_(trainable[name])
+            for p, requires_grad in trainable:
+                p.requires_grad_(requires_grad)
             raise
         self._complete(self.peft_config[adapter_name], _layers_of(model, adapter_name))
 
