@@ -664,8 +664,8 @@ def through_a_file(state: Any) -> Any:
 
 @every_base
 @both_shapes_of_s
-@pytest.mark.parametrize("saved_init", ["random", "zero", "pseudo-zero"])
-@pytest.mark.parametrize("live_init", ["random", "pseudo-zero", "svd-major"])
+@pytest.mark.parametrize("saved_init", ["random", "zero", "pseudo-zero", KEPT])
+@pytest.mark.parametrize("live_init", ["random", "pseudo-zero", KEPT, "svd-major"])
 def test_a_state_dict_round_trip_gives_the_same_function(
     make: Callable[[], Any], diagonal: bool, saved_init: str, live_init: str
 ) -> None:
@@ -1056,5 +1056,9 @@ def test_nothing_is_folded_into_a_shared_base() -> None:
         with pytest.raises(ConfigError, match=r"'fold' changes a base that others hold.*'keep'"):
             make(SharedBase(linear()), R, correction="fold")
     assert RiemannLoRALinear(SharedBase(linear()), R).correction == "keep"
+    base = linear()
     with pytest.raises(ConfigError, match=r"'none'.*'fold', 'keep'"):
-        StelLALinear(linear(), R, correction="none")
+        StelLALinear(base, R, correction="none")
+    with pytest.raises(ConfigError, match="reference_dim is 0"):
+        StelLALinear(base, R, reference_dim=0)
+    assert base.weight.requires_grad

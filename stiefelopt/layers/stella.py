@@ -60,29 +60,27 @@ class StelLALinear(LowRankLinear):
     ) -> None:
         if init not in INITS:
             raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
+        _check_reference_dim(reference_dim)
         options: dict[str, Any] = {"diagonal": diagonal, "dropout": dropout, "use_rslora": use_rslora}
         super().__init__(base, r, alpha, correction=correction, **options)
         self.init = init
-        self.set_reference_dim(self.in_features if reference_dim is None else reference_dim)
+        self.set_reference_dim(reference_dim)
         declare(self, "S", role="scale")
         self.reset_parameters(generator)
 
-    def set_reference_dim(self, reference_dim: int) -> None:
-        """Set the d of the displacement scale and declare U and V with it.
+    def set_reference_dim(self, reference_dim: int | None) -> None:
+        """Set the d of the displacement scale, None for in_features, and declare U and V with it.
 
         Raises:
             ConfigError: no positive integer.
         """
-        if not (isinstance(reference_dim, int) and reference_dim > 0):
-            raise ConfigError(
-                f"reference_dim is {reference_dim!r}; a positive integer is needed: the model's hidden size."
-            )
-        self.reference_dim = reference_dim
+        _check_reference_dim(reference_dim)
+        self.reference_dim = self.in_features if reference_dim is None else reference_dim
         keys = {
             "manifold": Stiefel().spec(),
             "orientation": "columns",
             "displacement_scale": "stella",
-            "reference_dim": reference_dim,
+            "reference_dim": self.reference_dim,
         }
         declare(self, "U", **keys)
         declare(self, "V", **keys)
@@ -115,3 +113,10 @@ class StelLALinear(LowRankLinear):
         part = slice(None, self.r) if leading else slice(-self.r, None)
         self.U.copy_(u[:, part])
         self.V.copy_(vh[part].T)
+
+
+def _check_reference_dim(reference_dim: object) -> None:
+    if reference_dim is not None and not (isinstance(reference_dim, int) and reference_dim > 0):
+        raise ConfigError(
+            f"reference_dim is {reference_dim!r}; a positive integer is needed: the model's hidden size."
+        )
