@@ -1,7 +1,19 @@
 """The manifolds."""
 
 from .base import Manifold, from_spec, get, names, register
+from .carried import carried, may_carry
 from .fixed_rank import USV, FixedRank
 from .stiefel import Stiefel
 
-__all__ = ["USV", "FixedRank", "Manifold", "Stiefel", "from_spec", "get", "names", "register"]
+__all__ = [
+    "USV",
+    "FixedRank",
+    "Manifold",
+    "Stiefel",
+    "carried",
+    "from_spec",
+    "get",
+    "may_carry",
+    "names",
+    "register",
+]

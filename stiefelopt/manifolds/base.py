@@ -37,9 +37,17 @@ class Manifold:
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
+        lies: how a parameter holds a point: "matrix" (tall, or the transpose of a wide one), "tall" (never the
+            transpose), "tensor" (in any shape that ``check_shape`` accepts; leading dimensions are a batch).
+        vectors: whether a vector is a point, n x 1.
+        recognized: whether a point can be told from what an inner optimizer's step makes of it, one parameter at a
+            time.
     """
 
     parts: ClassVar[int] = 1
+    lies: ClassVar[str] = "matrix"
+    vectors: ClassVar[bool] = False
+    recognized: ClassVar[bool] = True
 
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""

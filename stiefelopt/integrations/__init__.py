@@ -1,0 +1,1 @@
+"""What other libraries need to work with stiefelopt, one module each; imported by nobody else."""
