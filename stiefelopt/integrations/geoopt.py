@@ -69,7 +69,7 @@ class Geoopt(Manifold):
         if self.live is None:
             return {"manifold": "Geoopt", "definition": self.definition, "transport": self.transport}
         raise ConfigError(
-            f"{self.live!r} is learned, depends on tensors or is of a class of your own, and no checkpoint can hold it: "
+            f"{self.live!r} is learned, depends on tensors or is of your own class, and no checkpoint can hold it: "
             f"make the parameter a geoopt.ManifoldParameter on it, and leave 'manifold' out of its group; then it "
             f"stays with the parameter."
         )

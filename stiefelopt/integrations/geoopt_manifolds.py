@@ -19,8 +19,8 @@ from ..errors import ConfigError
 class CanonicalStiefel(theirs.CanonicalStiefel):
     """geoopt's, with a projection that is one and a retraction along u itself.
 
-    There ``proju`` is z - x z^T x, the conversion of gradients: applied twice it is not what it is once. ``retr`` leaves
-    x along u + x x^T u for a tangent u; given u - x x^T u / 2 it leaves along u, by the Cayley transform.
+    There ``proju`` is z - x z^T x, the conversion of gradients: applied twice it is not what it is once. ``retr``
+    leaves x along u + x x^T u for a tangent u; given u - x x^T u / 2 it leaves along u, by the Cayley transform.
     """
 
     egrad2rgrad = theirs.CanonicalStiefel.proju
@@ -56,6 +56,30 @@ class BoundedDomain(theirs.BoundedDomain):
         return linalg.sym(u)
 
 
+class BirkhoffPolytope(theirs.BirkhoffPolytope):
+    """geoopt's, whose ``proju`` is the conversion of gradients too and whose ``retr`` overflows where x is small."""
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """u - (a 1^T + 1 b^T) * x with rows and columns that sum to 0: orthogonal in the Fisher metric."""
+        n = x.shape[-1]
+        rows, columns = torch.diag_embed(x.sum(-1)), torch.diag_embed(x.sum(-2))
+        sums = torch.cat((torch.cat((rows, x), -1), torch.cat((x.mT, columns), -1)), -2)
+        wanted = torch.cat((u.sum(-1), u.sum(-2)), -1)
+        s = torch.linalg.pinv(sums, hermitian=True) @ wanted[..., None]
+        return u - (s[..., :n, :] + s[..., n:, :].mT) * x
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """The gradient in the Fisher metric."""
+        return self.proju(x, x * u)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """geoopt's projx(x exp(k)), k = u / x, with the exponential continued along its tangent from k = 1 on."""
+        k = u / x
+        return self.projx(x * k.clamp_max(1).exp() * k.clamp_min(1)).clamp_min(1e-12)
+
+    expmap = retr
+
+
 class SphereExact(theirs.SphereExact):
     """geoopt's, with the rounding of its exponential taken back, which adds up otherwise."""
 
@@ -74,7 +98,14 @@ class EuclideanStiefelExact(theirs.EuclideanStiefelExact):
 
 _REPAIRED: dict[type, Callable[..., Any]] = {
     cls.__mro__[1]: cls
-    for cls in (CanonicalStiefel, UpperHalf, BoundedDomain, SphereExact, EuclideanStiefelExact)
+    for cls in (
+        CanonicalStiefel,
+        UpperHalf,
+        BoundedDomain,
+        BirkhoffPolytope,
+        SphereExact,
+        EuclideanStiefelExact,
+    )
 }
 # The constructor's arguments, each of them an attribute too.
 _ARGUMENTS: dict[type, tuple[str, ...]] = {
