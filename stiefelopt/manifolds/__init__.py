@@ -3,6 +3,9 @@
 from .base import Manifold, from_spec, get, names, register
 from .carried import carried, may_carry
 from .fixed_rank import USV, FixedRank
+from .grassmann import Grassmann
+from .special_orthogonal import SpecialOrthogonal
+from .sphere import Oblique, Sphere
 from .stiefel import Stiefel
 
 __all__ = [
