@@ -231,12 +231,12 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
             f"{name} is {rows} x {columns}, and the factors U, S, V of a fixed-rank point are tall, (*b, m, r), "
             f"(*b, r, r), (*b, n, r): store it transposed, or use a smaller rank."
         )
-    if long_side < max(rows, columns):
+    if long_side < max(rows, columns) and not placement.manifold.wide:
         raise ShapeError(
             f"{name} is {rows} x {columns}, and {min(rows, columns)} orthonormal {placement.orientation} at most fit: "
             f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out."
         )
-    check_matrix(name, placement.as_tall(p.detach()))
+    check_matrix(name, placement.as_tall(p.detach()), wide=placement.manifold.wide)
 
 
 def resolve_orientation(placement: Placement, shapes: Iterable[torch.Size]) -> str:

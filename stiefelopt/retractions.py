@@ -224,7 +224,7 @@ names, get = _registry.names, _registry.get
 
 
 def as_part(retraction: str | Retraction | Callable[[Tensor, Tensor], Tensor]) -> Retraction:
-    """What the option ``retraction`` of a manifold means: a name, a part, or a plain function, which declares nothing."""
+    """What a manifold's option ``retraction`` means: a name, a part, or a plain function, which declares nothing."""
     if isinstance(retraction, str):
         return get(retraction)
     if isinstance(retraction, Retraction):

@@ -11,7 +11,11 @@ from .stiefel import Stiefel
 __all__ = [
     "USV",
     "FixedRank",
+    "Grassmann",
     "Manifold",
+    "Oblique",
+    "SpecialOrthogonal",
+    "Sphere",
     "Stiefel",
     "carried",
     "from_spec",

@@ -40,6 +40,7 @@ class Manifold:
         lies: how a parameter holds a point: "matrix" (tall, or the transpose of a wide one), "tall" (never the
             transpose), "tensor" (in any shape that ``check_shape`` accepts; leading dimensions are a batch).
         vectors: whether a vector is a point, n x 1.
+        wide: whether a point may have fewer rows than columns.
         recognized: whether a point can be told from what an inner optimizer's step makes of it, one parameter at a
             time.
     """
@@ -47,6 +48,7 @@ class Manifold:
     parts: ClassVar[int] = 1
     lies: ClassVar[str] = "matrix"
     vectors: ClassVar[bool] = False
+    wide: ClassVar[bool] = False
     recognized: ClassVar[bool] = True
 
     def replace(self: M, **changes: Any) -> M:

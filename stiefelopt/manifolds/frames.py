@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .base import Carrier, Manifold
 
 @dataclass(frozen=True)
 class Frames(Manifold):
-    """Matrices (*b, n, p) with orthonormal columns; a subclass says which vectors are tangent, and which options it has.
+    """Matrices (*b, n, p) with orthonormal columns; a subclass says which vectors are tangent.
 
     Everything here is small algebra between `gram` and `combine`, whatever the subclass picks.
     """

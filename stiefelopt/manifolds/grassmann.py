@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from .. import metrics, projections
 from .base import register
 from .one_metric import OneMetric

@@ -18,7 +18,7 @@ from .. import retractions
 from ..errors import NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall
 from ..retractions import OpenSum, close
-from ..shapes import check_pair
+from ..shapes import check_matrix, check_pair, compute_dtype
 from .base import Carrier, Manifold, register
 from .one_metric import OneMetric
 from .stiefel import Stiefel
@@ -65,10 +65,7 @@ class UnitVectors(Manifold):
 
     def _checked(self, **tensors: Tensor) -> list[Tensor]:
         (name, x), *others = tensors.items()
-        if not isinstance(x, Tensor) or x.ndim < 2:
-            raise ShapeError(
-                f"{name} has shape {tuple(getattr(x, 'shape', ()))}; (*b, n, p) is needed: use [:, None] for a vector."
-            )
+        check_matrix(name, x, wide=True)
         for other_name, other in others:
             check_pair(name, x, other_name, other)
         return [self._seen(t) for t in tensors.values()]
@@ -118,9 +115,18 @@ class UnitVectors(Manifold):
 
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A tangent vector of unit norm; zero where the manifold is a single point."""
-        u = self._through(lambda t: self._one.random_tangent(t, generator), x=x)
-        norms = torch.linalg.vector_norm(u.double(), dim=(-2, -1), keepdim=True)
-        return (u / norms.clamp_min(1e-300)).to(u.dtype)
+        check_matrix("x", x, wide=True)
+        if self.dim(*x.shape[-2:]) == 0:
+            return torch.zeros_like(x)
+        point = x.to(compute_dtype(x.dtype))
+        source = x.device if generator is None else generator.device
+        z = torch.randn(x.shape, dtype=point.dtype, device=source, generator=generator).to(x.device)
+        for _ in range(
+            2
+        ):  # dividing blows the first projection's rounding up where few dimensions are tangent
+            u = self.project_tangent(point, z)
+            z = u / self.norm(point, u)[..., None, None]
+        return z.to(x.dtype)
 
     def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
         """Riemannian gradient from the Euclidean one: its tangent part."""
@@ -233,11 +239,7 @@ class Sphere(UnitVectors):
     vectors: ClassVar[bool] = True
 
     def _seen(self, x: Tensor) -> Tensor:
-        return (
-            x.reshape(*x.shape[:-2], 1, -1, 1)
-            if x.numel()
-            else x.reshape(*x.shape[:-2], 1, math.prod(x.shape[-2:]), 1)
-        )
+        return x.reshape(*x.shape[:-2], 1, math.prod(x.shape[-2:]), 1)
 
     def _back(self, y: Tensor, shape: torch.Size) -> Tensor:
         return y.reshape(shape)
