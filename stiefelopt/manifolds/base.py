@@ -51,6 +51,11 @@ class Manifold:
     wide: ClassVar[bool] = False
     recognized: ClassVar[bool] = True
 
+    @staticmethod
+    def fits(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape of points near to the shape (*b, n, p) of a tall matrix: where the laws can be tried."""
+        return shape
+
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""
         try:

@@ -6,13 +6,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import metrics, projections, retractions, transports
-from ..errors import NotOnManifoldError, ShapeError
+from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall, gram, identity_like, split, unmoved_matrices
 from ..matfun import inverse_symmetric_root
 from ..retractions import OpenSum, normalize
@@ -28,6 +28,16 @@ class Frames(Manifold):
     """
 
     # What a subclass says
+
+    if TYPE_CHECKING:  # options, or constants
+
+        @property
+        def metric(self) -> str:
+            """What the gradient means."""
+
+        @property
+        def transport(self) -> str:
+            """What the wrapper does with first moments."""
 
     @property
     @abstractmethod
@@ -50,9 +60,9 @@ class Frames(Manifold):
         return self._tangent
 
     @property
-    @abstractmethod
     def _transport(self) -> transports.Transport | None:
         """How the wrapper carries first moments; None leaves them as they are."""
+        return None if self.transport == "none" else self._by_projection()
 
     @abstractmethod
     def _dim(self, n: int, p: int) -> int:
@@ -166,6 +176,15 @@ class Frames(Manifold):
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """The point y = R(x, u) for a tangent u, by the manifold's retraction; R(x, 0) is x bit for bit."""
         return self.retraction_part(x, u)
+
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """The geodesic of this metric from x in direction u at time 1."""
+        if self.metric not in retractions.exp.variants:
+            raise ConfigError(
+                f"no closed geodesic is known for metric {self.metric!r}; use retract, or one of the metrics "
+                f"{', '.join(map(repr, retractions.exp.variants))}."
+            )
+        return retractions.exp(x, u, metric=self.metric)
 
     def transport_vector(self, x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """v, tangent at x, as a tangent vector at y = retract(x, u): by projection, or the registered rule."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .. import metrics, projections
 from .base import register
+from .frames import Frames
 from .one_metric import OneMetric
 
 # An orthonormal basis may turn within its subspace for nothing: w = x^T u is what a horizontal vector has none of.
@@ -15,7 +16,7 @@ _PROJECTION = projections.Projection("horizontal", "gram", lambda w: w)
 
 @register("Grassmann")
 @dataclass(frozen=True)
-class Grassmann(OneMetric):
+class Grassmann(OneMetric, Frames):
     """Gr(n, p): the subspace that the columns of x span, x^T x = I; x and x k are one point for orthogonal k.
 
     Points are orthonormal bases (*b, n, p); tangent vectors are horizontal, x^T u = 0. grad = g - x x^T g, which for a

@@ -1,4 +1,4 @@
-"""Manifolds of orthonormal columns that have one metric, whose geodesics Stiefel's two metrics share."""
+"""The options of manifolds made of orthonormal columns that have one metric only."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import retractions, transports
+from .. import retractions
 from ..errors import ConfigError
-from .frames import Frames
+from .base import Manifold
 
 TRANSPORTS = ("none", "projection")
 
 
 @dataclass(frozen=True)
-class OneMetric(Frames):
+class OneMetric(Manifold):
     """A submanifold or quotient of Stiefel on which the canonical and the Euclidean geodesics are the same curves.
 
     A retraction of Stiefel serves as it is, and with the better of its two orders.
@@ -45,11 +45,3 @@ class OneMetric(Frames):
         """The retraction, with the order that it has on this manifold."""
         part = retractions.as_part(self.retraction).for_metric(self.metric)
         return replace(part, order={self.metric: max(part.order.values())}) if part.order else part
-
-    @property
-    def _transport(self) -> transports.Transport | None:
-        return None if self.transport == "none" else self._by_projection()
-
-    def exp(self, x: Tensor, u: Tensor) -> Tensor:
-        """The geodesic from x in direction u at time 1."""
-        return retractions.exp(x, u, metric=self.metric)

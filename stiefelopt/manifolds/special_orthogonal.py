@@ -12,13 +12,13 @@ from .. import metrics, projections
 from ..errors import NotOnManifoldError, ShapeError
 from ..shapes import without_autocast
 from .base import register
-from .frames import as_shape
+from .frames import Frames, as_shape
 from .one_metric import OneMetric
 
 
 @register("SpecialOrthogonal")
 @dataclass(frozen=True)
-class SpecialOrthogonal(OneMetric):
+class SpecialOrthogonal(OneMetric, Frames):
     """SO(n) = {x : x^T x = I, det x = 1}; tangent vectors x a, a skew-symmetric, with <u, v> = tr u^T v.
 
     Points are square tensors (*b, n, n). No step changes the determinant, which is looked at by `check` alone.
@@ -27,6 +27,11 @@ class SpecialOrthogonal(OneMetric):
         retraction: a name registered for Stiefel, or a plain function (x, u) -> y; "cayley" and "exp" are the group's.
         transport: "none" or "projection": what `RiemannianWrapper` does with first moments.
     """
+
+    @staticmethod
+    def fits(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """(*b, p, p)."""
+        return (*shape[:-2], shape[-1], shape[-1])
 
     @property
     def _metric(self) -> metrics.Metric:

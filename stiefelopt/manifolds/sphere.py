@@ -14,31 +14,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import retractions
 from ..errors import NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall
 from ..retractions import OpenSum, close
 from ..shapes import check_matrix, check_pair, compute_dtype
-from .base import Carrier, Manifold, register
+from .base import Carrier, register
 from .one_metric import OneMetric
 from .stiefel import Stiefel
 
 
 @dataclass(frozen=True)
-class UnitVectors(Manifold):
+class UnitVectors(OneMetric):
     """Tensors (*b, n, p) that are made of unit vectors; a subclass says which.
 
     Tangent vectors are orthogonal to the vector they start at; the metric is the Euclidean one.
     """
 
-    metric: ClassVar[str] = "euclidean"
     wide: ClassVar[bool] = True
 
-    retraction: str | Callable[[Tensor, Tensor], Tensor] = "polar"
-    transport: str = "none"
-
-    def __post_init__(self) -> None:
-        OneMetric.__post_init__(self)  # type: ignore[arg-type]
+    @staticmethod
+    def fits(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """(*b, n, 1): one unit vector, of which matrices are made."""
+        return (*shape[:-1], 1)
 
     # The view
 
@@ -53,11 +50,6 @@ class UnitVectors(Manifold):
     @property
     def _one(self) -> Stiefel:
         return Stiefel("euclidean", self.retraction, self.transport)
-
-    @property
-    def retraction_part(self) -> retractions.Retraction:
-        """The retraction, with the order that it has for unit vectors."""
-        return OneMetric.retraction_part.fget(self)  # type: ignore[attr-defined]
 
     def _through(self, f: Callable[..., Tensor], **tensors: Tensor) -> Tensor:
         """f of the tensors as unit vectors, and back."""

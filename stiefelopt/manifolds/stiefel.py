@@ -85,12 +85,3 @@ class Stiefel(Frames):
 
     def _dim(self, n: int, p: int) -> int:
         return n * p - p * (p + 1) // 2
-
-    def exp(self, x: Tensor, u: Tensor) -> Tensor:
-        """The geodesic of this metric from x in direction u at time 1."""
-        if self.metric not in retractions.exp.variants:
-            raise ConfigError(
-                f"no closed geodesic is known for metric {self.metric!r}; use retract, or one of the metrics "
-                f"{', '.join(map(repr, retractions.exp.variants))}."
-            )
-        return retractions.exp(x, u, metric=self.metric)
