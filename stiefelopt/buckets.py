@@ -87,7 +87,7 @@ class Stack:
     def _tall(self, workspace: Tensor) -> Tensor:
         """The workspace (k, *shape) as one stack (b, n, p), a view."""
         placement, shape = self.slots[0].placement, self.params[0].shape
-        if placement.manifold.lies == "tensor":
+        if placement.manifold.held == "tensor":
             return workspace
         matrices = (
             workspace if workspace.ndim == 3 else workspace.view(-1, *placement.matrix_shape(shape)[-2:])

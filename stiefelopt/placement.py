@@ -50,13 +50,13 @@ class Placement:
 
     def matrix_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """(*b, rows, columns) of a parameter of that shape under the view; a vector is one column."""
-        if self.manifold.lies == "tensor":
+        if self.manifold.held == "tensor":
             return tuple(shape)
         return (shape[0], math.prod(shape[1:])) if self.view == "matrix" or len(shape) == 1 else tuple(shape)
 
     def is_rows(self, shape: torch.Size) -> bool:
         """Whether the rows, not the columns, are orthonormal: stated, or a wide matrix."""
-        if self.manifold.lies != "matrix":
+        if self.manifold.held != "matrix":
             return False
         rows, columns = self.matrix_shape(shape)[-2:]
         return self.orientation == "rows" or (self.orientation == "auto" and rows < columns)
@@ -91,7 +91,7 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
         _one_of("direction", given.get("direction", "plain"), DIRECTIONS),
         _decay(given.get("manifold_decay", 0.0)),
     )
-    return _LIES[placement.manifold.lies](placement, given)
+    return _HELD[placement.manifold.held](placement, given)
 
 
 def _as_matrix(placement: Placement, given: Mapping[str, Any]) -> Placement:
@@ -132,7 +132,7 @@ def _as_tall(placement: Placement, given: Mapping[str, Any]) -> Placement:
     return replace(placement, orientation="columns")
 
 
-_LIES = {"matrix": _as_matrix, "tall": _as_tall, "tensor": _as_tensor}
+_HELD = {"matrix": _as_matrix, "tall": _as_tall, "tensor": _as_tensor}
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Any:
@@ -211,7 +211,7 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
         raise ConfigError(
             f"{name} is sharded (DTensor), which this version cannot step on a manifold; keep it replicated."
         )
-    if placement.manifold.lies == "tensor":
+    if placement.manifold.held == "tensor":
         placement.manifold.check_shape(name, p)  # type: ignore[attr-defined]
         return
     if p.ndim < (1 if placement.manifold.vectors else 2):
@@ -226,7 +226,7 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
         )
     rows, columns = placement.matrix_shape(p.shape)[-2:]
     long_side = columns if placement.is_rows(p.shape) else rows
-    if long_side < max(rows, columns) and placement.manifold.lies == "tall":
+    if long_side < max(rows, columns) and placement.manifold.held == "tall":
         raise ShapeError(
             f"{name} is {rows} x {columns}, and the factors U, S, V of a fixed-rank point are tall, (*b, m, r), "
             f"(*b, r, r), (*b, n, r): store it transposed, or use a smaller rank."

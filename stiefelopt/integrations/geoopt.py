@@ -45,7 +45,7 @@ class Geoopt(Manifold):
     Cost: geoopt's; ambient, neither fused nor sharded.
     """
 
-    lies: ClassVar[str] = "tensor"
+    held: ClassVar[str] = "tensor"
     recognized: ClassVar[bool] = False  # half a step on the ball is still on the ball
 
     definition: str = ""

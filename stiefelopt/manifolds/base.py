@@ -37,7 +37,7 @@ class Manifold:
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
-        lies: how a parameter holds a point: "matrix" (tall, or the transpose of a wide one), "tall" (never the
+        held: how a parameter holds a point: "matrix" (tall, or the transpose of a wide one), "tall" (never the
             transpose), "tensor" (in any shape that ``check_shape`` accepts; leading dimensions are a batch).
         vectors: whether a vector is a point, n x 1.
         wide: whether a point may have fewer rows than columns.
@@ -46,7 +46,7 @@ class Manifold:
     """
 
     parts: ClassVar[int] = 1
-    lies: ClassVar[str] = "matrix"
+    held: ClassVar[str] = "matrix"
     vectors: ClassVar[bool] = False
     wide: ClassVar[bool] = False
     recognized: ClassVar[bool] = True

@@ -55,7 +55,7 @@ class FixedRank(Manifold):
     """
 
     parts: ClassVar[int] = 3
-    lies: ClassVar[str] = "tall"
+    held: ClassVar[str] = "tall"
     recognized: ClassVar[bool] = False  # one factor says nothing of its point
 
     retraction: str = "svd"
