@@ -78,6 +78,11 @@ def parameter(name: str) -> Any:
     return geoopt.ManifoldParameter(x, manifold=manifold)
 
 
+def ours(manifold: Any, **options: Any) -> Geoopt:
+    m = ours(manifold, **options)
+    return m
+
+
 def target(p: Tensor) -> Tensor:
     return 0.1 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(7))
 
@@ -148,8 +153,7 @@ def test_adamw_stays_on_the_manifold_and_descends(name: str) -> None:
 def test_projections_are_projections_and_retractions_start_along_u(name: str) -> None:
     """What geoopt's own canonical Stiefel and Siegel manifolds break; a scaled manifold moves u / scale."""
     manifold, x = make(name)
-    m = from_geoopt(manifold)
-    assert m is not None
+    m = ours(manifold)
     u = m.project_tangent(x, target(x))
     torch.testing.assert_close(m.project_tangent(x, u), u, atol=1e-9, rtol=0)
     t = 1e-5
@@ -234,8 +238,8 @@ def test_param_groups_puts_them_into_groups_of_their_own() -> None:
     net = Net()
     groups = param_groups(net, lr=1e-2, weight_decay=0.1, named=True)
     where = {name: group for group in groups for name, _ in group["params"]}
-    assert where["points"]["manifold"] == from_geoopt(geoopt.PoincareBall()).spec()  # type: ignore[union-attr]
-    assert where["direction"]["manifold"] == from_geoopt(geoopt.Sphere()).spec()  # type: ignore[union-attr]
+    assert where["points"]["manifold"] == ours(geoopt.PoincareBall()).spec()
+    assert where["direction"]["manifold"] == ours(geoopt.Sphere()).spec()
     assert where["points"]["weight_decay"] == 0
     assert "manifold" not in where["free"]
     assert where["free"] is where["linear.weight"]
@@ -307,19 +311,18 @@ def test_without_the_integration_a_manifold_parameter_is_refused() -> None:
 @each
 def test_specs_are_plain_and_read_back(name: str) -> None:
     manifold, x = make(name)
-    m = from_geoopt(manifold, transport="transp")
-    assert m is not None
+    m = ours(manifold, transport="transp")
     spec = m.spec()
     assert all(type(v) in (str, int, float, bool) for v in spec.values())
-    again = from_spec(spec)
+    again: Any = from_spec(spec)
     assert again == m
     assert hash(again) == hash(m)
     assert "Geoopt" in repr(again)
     u = 0.1 * m.project_tangent(x, target(x))
     bound = 1e-12
     if name not in REPAIRED:
-        torch.testing.assert_close(again.retract(x, u), manifold.retr(x, u), atol=bound, rtol=0)  # type: ignore[attr-defined]
-    torch.testing.assert_close(again.gradient(x, u), manifold.egrad2rgrad(x, u.clone()), atol=bound, rtol=0)  # type: ignore[attr-defined]
+        torch.testing.assert_close(again.retract(x, u), manifold.retr(x, u), atol=bound, rtol=0)
+    torch.testing.assert_close(again.gradient(x, u), manifold.egrad2rgrad(x, u.clone()), atol=bound, rtol=0)
 
 
 @each
@@ -356,14 +359,12 @@ def test_what_no_text_can_hold() -> None:
         (geoopt.PoincareBall(learnable=True), 2), (geoopt.CanonicalStiefel(), (3, 2))
     )
     for manifold in (inside, scaled, product):
-        m = from_geoopt(manifold)
-        assert m is not None
+        m = ours(manifold)
         assert m.live is not None
         with pytest.raises(ConfigError, match="no checkpoint can hold"):
             m.spec()
     # The corrections reach inside.
-    x, m = geoopt.CanonicalStiefel().random(5, 3).as_subclass(Tensor), from_geoopt(scaled)
-    assert m is not None
+    x, m = geoopt.CanonicalStiefel().random(5, 3).as_subclass(Tensor), ours(scaled)
     u = m.project_tangent(x, target(x))
     torch.testing.assert_close(m.project_tangent(x, u), u)
     scaled._log_scale.data.fill_(0.0)
@@ -414,13 +415,11 @@ def test_non_finite_gradients_change_nothing() -> None:
 
 def test_constrain_projects_and_draws() -> None:
     module = nn.Linear(6, 4)
-    constrain(module, "weight", from_geoopt(geoopt.Sphere()))  # type: ignore[arg-type]
+    constrain(module, "weight", ours(geoopt.Sphere()))
     assert (module.weight.norm(dim=-1) - 1).abs().max() < 1e-12
-    constrain(module, "bias", from_geoopt(geoopt.PoincareBall()), init="random")  # type: ignore[arg-type]
+    constrain(module, "bias", ours(geoopt.PoincareBall()), init="random")
     assert module.bias.norm() < 1
-    draws = [
-        from_geoopt(geoopt.Sphere()).random_point(3, generator=torch.Generator().manual_seed(3)) for _ in "ab"
-    ]  # type: ignore[union-attr]
+    draws = [ours(geoopt.Sphere()).random_point(3, generator=torch.Generator().manual_seed(3)) for _ in "ab"]
     assert torch.equal(*draws)
     optimizer = RiemannianWrapper(torch.optim.Adam(param_groups(module, lr=0.1)))
     module(torch.randn(2, 6)).square().sum().backward()
@@ -449,13 +448,13 @@ def test_the_pages_numbers() -> None:
     """24 % and 45 % of the norm at 64 x 8, 100 % for square matrices."""
     manifold = geoopt.CanonicalStiefel()
 
-    def errors(n: int, p: int) -> tuple[float, float, float]:
+    def errors(n: int, p: int) -> tuple[float, ...]:
         x = torch.linalg.qr(torch.randn(400, n, p))[0]
         z = torch.randn(400, n, p)
         u, once = Stiefel().project_tangent(x, z), manifold.proju(x, z)
         speed = (manifold.retr(x, 1e-6 * u) - x) / 1e-6
         pairs = ((manifold.proju(x, u), u), (speed, u), (manifold.proju(x, once), once))
-        return tuple((torch.dist(a, b) / b.norm()).item() for a, b in pairs)  # type: ignore[return-value]
+        return tuple((torch.dist(a, b) / b.norm()).item() for a, b in pairs)
 
     assert errors(64, 8) == pytest.approx((0.24, 0.24, 0.45), abs=0.01)
     assert errors(8, 8)[:2] == pytest.approx((1.0, 1.0), abs=0.01)

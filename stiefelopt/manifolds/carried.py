@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .base import Manifold
 
+Reader = TypeVar("Reader", bound=Callable[..., Manifold | None])
+
 # What reads the manifolds of a library; an integration registers its own when it is imported.
-_READERS: dict[str, Callable[[Any], Manifold | None]] = {}
+_READERS: dict[str, Callable[..., Manifold | None]] = {}
 _INTEGRATIONS = {"geoopt": "stiefelopt.integrations.geoopt"}
 
 
-def reads(
-    library: str,
-) -> Callable[[Callable[[Any], Manifold | None]], Callable[[Any], Manifold | None]]:
+def reads(library: str) -> Callable[[Reader], Reader]:
     """Decorator: this function turns that library's manifolds into ours, None where they constrain nothing."""
 
-    def add(reader: Callable[[Any], Manifold | None]) -> Callable[[Any], Manifold | None]:
+    def add(reader: Reader) -> Reader:
         _READERS[library] = reader
         return reader
 
