@@ -319,7 +319,7 @@ def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor
 
 def _check_default(group: Mapping[str, Any], index: int) -> None:
     """Refuse to put parameters that carry a manifold on the default one, or beside it in silence."""
-    if group.get("manifold") is None and any(map(carried, group["params"])):
+    if "manifold" not in group and any(map(carried, group["params"])):
         raise ConfigError(
             f"group {index} names no manifold and holds parameters that carry their own, which the wrapper's default "
             f"would replace: build the groups with stiefelopt.param_groups(model), or name the group's manifold."

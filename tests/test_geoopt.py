@@ -79,7 +79,8 @@ def parameter(name: str) -> Any:
 
 
 def ours(manifold: Any, **options: Any) -> Geoopt:
-    m = ours(manifold, **options)
+    m = from_geoopt(manifold, **options)
+    assert m is not None
     return m
 
 
@@ -174,6 +175,23 @@ def test_geoopts_canonical_stiefel_in_numbers() -> None:
     speed = (manifold.retr(x, 1e-6 * z) - x) / 1e-6
     torch.testing.assert_close(speed, z + x @ x.mT @ z, atol=1e-5, rtol=0)
     assert torch.dist(speed, z) / z.norm() == pytest.approx(0.894, abs=1e-3)
+
+
+@each
+def test_tangent_vectors_and_moves(name: str) -> None:
+    """inner, norm and exp are geoopt's, a random tangent vector has unit norm, a transported one is tangent."""
+    manifold, x = make(name)
+    m = ours(manifold)
+    u, v = (m.random_tangent(x, torch.Generator().manual_seed(s)) for s in (1, 2))
+    torch.testing.assert_close(m.norm(x, u).abs(), torch.ones_like(m.norm(x, u)).abs())
+    assert m.inner(x, u, v).shape == x.shape[: x.ndim - manifold.ndim]
+    theirs = manifold.inner(x, u, v, keepdim=True)
+    torch.testing.assert_close(m.inner(x, u, v).flatten(), theirs.flatten())
+    if name not in REPAIRED:
+        torch.testing.assert_close(m.exp(x, 0.1 * u), manifold.expmap(x, 0.1 * u))
+    y = m.retract(x, 0.1 * u)
+    moved = m.transport_vector(x, 0.1 * u, y, v)
+    torch.testing.assert_close(m.project_tangent(y, moved), moved, atol=1e-9, rtol=0)
 
 
 @each

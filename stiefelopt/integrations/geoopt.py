@@ -163,6 +163,17 @@ class Geoopt(Manifold):
         return self._at(x).proju(x, z)
 
     @without_autocast
+    def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A tangent vector of unit norm."""
+        source = x.device if generator is None else generator.device
+        z = _lifted(x)
+        u = torch.randn(z.shape, dtype=z.dtype, device=source, generator=generator).to(x.device)
+        manifold = self._at(x)
+        u = manifold.proju(z, manifold.proju(z, u))
+        norms = self.norm(z, u).reshape(*x.shape[: x.ndim - manifold.ndim], *[1] * manifold.ndim)
+        return (u / norms).to(x.dtype)
+
+    @without_autocast
     def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
         """geoopt's ``egrad2rgrad``."""
         x, egrad = _pair(x, egrad)
@@ -171,7 +182,10 @@ class Geoopt(Manifold):
     @without_autocast
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """geoopt's inner product, (*b,)."""
-        return self._at(x).inner(x, u, v)
+        manifold = self._at(x)
+        # Without keepdim the stereographic models multiply every point with every other.
+        value = manifold.inner(x, u, v, keepdim=True)
+        return value.reshape(x.shape[: x.ndim - manifold.ndim])
 
     def norm(self, x: Tensor, u: Tensor) -> Tensor:
         """Norm of a tangent vector, (*b,)."""
