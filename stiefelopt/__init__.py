@@ -24,7 +24,7 @@ from .layers import (
     loi_init,
     merge_adapters,
 )
-from .manifolds import USV, FixedRank, Stiefel
+from .manifolds import USV, FixedRank, Grassmann, Oblique, SpecialOrthogonal, Sphere, Stiefel
 from .optim import BlockAdam, Riemannion
 from .wrapper import RiemannianWrapper, attach
 
@@ -35,11 +35,15 @@ __all__ = [
     "BlockAdam",
     "ConfigError",
     "FixedRank",
+    "Grassmann",
     "NotOnManifoldError",
+    "Oblique",
     "RiemannLoRALinear",
     "RiemannianWrapper",
     "Riemannion",
     "ShapeError",
+    "SpecialOrthogonal",
+    "Sphere",
     "StelLALinear",
     "StepError",
     "Stiefel",

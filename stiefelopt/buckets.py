@@ -87,6 +87,8 @@ class Stack:
     def _tall(self, workspace: Tensor) -> Tensor:
         """The workspace (k, *shape) as one stack (b, n, p), a view."""
         placement, shape = self.slots[0].placement, self.params[0].shape
+        if placement.manifold.held == "tensor":
+            return workspace
         matrices = (
             workspace if workspace.ndim == 3 else workspace.view(-1, *placement.matrix_shape(shape)[-2:])
         )
@@ -197,7 +199,7 @@ class Stack:
         if self._masters:
             return torch.equal(stepped.to(dtype).to(stepped.dtype), stepped)
         placement = self.slots[0].placement
-        if placement.manifold.parts > 1:  # one factor says nothing of its point
+        if not placement.manifold.recognized:
             return False
         tall = placement.as_tall(stepped.detach())
         residual = placement.manifold.residual(tall)  # type: ignore[attr-defined]
@@ -298,7 +300,7 @@ class Bucket:
             return math.nan, moved
         stacked = [s.gather_tall(gs) for s, gs in zip(self.stacks, grads, strict=True)]  # type: ignore[arg-type]
         manifold.stacked_gradient(self.xs, stacked, arriving=self._placement.gradient)
-        return sum(g.square().sum().item() for g in stacked), moved
+        return sum(g.abs().square().sum().item() for g in stacked), moved
 
     def _directed(self, overlap: Tensor) -> Tensor:
         """The displacement with what its group asks for beside the inner optimizer's step; returns its overlap."""

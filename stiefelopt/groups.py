@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, NotOnManifoldError
-from .manifolds import Manifold, from_spec
+from .manifolds import Manifold, carried, from_spec
 from .placement import Placement, check_parameter_shape, check_point, read_placement
 
 # Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
@@ -120,7 +120,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters into plain groups for any torch optimizer.
 
-    One group for each distinct declaration (manifold, scale, ...), without weight decay; one for scale factors such
+    One group for each distinct declaration (manifold, scale, ...), without weight decay, also for parameters that carry
+    their manifold (geoopt's, once ``stiefelopt.integrations.geoopt`` is imported); one for scale factors such
     as StelLA's S; one for decayed weights; one for biases and norms, not decayed.
 
     Args:
@@ -190,10 +191,22 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for leaf, p in module._parameters.items():
             if p is not None:
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                found.append((name, p, said.get(leaf) or ({"role": "plain"} if exempt or p.ndim < 2 else {})))
+                own = said.get(leaf) or _carried_keys(p)
+                found.append((name, p, own or ({"role": "plain"} if exempt or p.ndim < 2 else {})))
     order = {id(p): keys for _, p, keys in found if keys.get("manifold")}
     for name, p, keys in found:
         yield name, p, keys if keys.get("manifold") else order.get(id(p), keys)
+
+
+def _carried_keys(p: Tensor) -> dict[str, Any]:
+    """The keys of a parameter that carries its manifold; with one that no spec can hold, it goes on carrying it."""
+    manifold = carried(p)
+    if manifold is None:
+        return {}
+    try:
+        return {"manifold": manifold.spec()}
+    except ConfigError:
+        return {"role": "manifold"}
 
 
 def _is_fixed_rank(keys: Mapping[str, Any]) -> bool:

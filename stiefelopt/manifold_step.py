@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .buckets import Bucket, Slot, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
-from .manifolds import Manifold, from_spec
+from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, point_of, read_placement, resolve_orientation
 from .shapes import without_autocast
 from .snapshot import Snapshot
@@ -97,13 +97,16 @@ class ManifoldStep:
     def adopt(self, group: dict[str, Any], index: int, default: Manifold | None = None) -> None:
         """Check one group and store its manifold keys as plain strings and numbers."""
         if default is not None:
+            _check_default(group, index)
             group.setdefault("manifold", default)
+        points = _points(group, index)
+        for i, params, placement in points:
+            check_point(label_of(group, index, i), params, placement)
+        if points:
+            self._check_decay(group, index)
         if group.get("manifold") is None:
             return
         placement = read_placement(group)
-        for i, params in _points(group, index, placement):
-            check_point(label_of(group, index, i), params, placement)
-        self._check_decay(group, index)
         orientation = resolve_orientation(placement, [p.shape for p in group["params"]])
         group.update(manifold=_plain(placement.manifold), orientation=orientation)
 
@@ -132,10 +135,7 @@ class ManifoldStep:
         """The constrained parameters of all groups, as many together as make a point."""
         found = []
         for g, group in enumerate(self.optimizer.param_groups):
-            if group.get("manifold") is None:
-                continue
-            placement = read_placement(group)
-            for first, params in _points(group, g, placement):
+            for first, params, placement in _points(group, g):
                 labels = [label_of(group, g, first + i) for i in range(len(params))]
                 found.append([Slot(p, label, placement, g) for p, label in zip(params, labels, strict=True)])
         return found
@@ -193,7 +193,7 @@ class ManifoldStep:
         return [
             (settings_of(group), [p for p in group["params"] if p.grad is not None])
             for group in self.optimizer.param_groups
-            if group.get("manifold") is not None
+            if group.get("manifold") is not None or any(map(may_carry, group["params"]))
         ]
 
     # The step
@@ -297,16 +297,33 @@ class ManifoldStep:
                     stack.recover()
 
 
-def _points(group: Mapping[str, Any], index: int, placement: Placement) -> list[tuple[int, list[Tensor]]]:
-    """(index of the first, the parameters) of every point of a group."""
-    params, parts = list(group["params"]), placement.manifold.parts
+def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor], Placement]]:
+    """(index of the first, the parameters, how they lie) of every point of a group.
+
+    Where the group names no manifold, these are the parameters that carry one themselves.
+    """
+    params = list(group["params"])
+    if group.get("manifold") is None:
+        own = [(i, p, carried(p)) for i, p in enumerate(params)]
+        return [(i, [p], read_placement({**group, "manifold": m})) for i, p, m in own if m is not None]
+    placement = read_placement(group)
+    parts = placement.manifold.parts
     if len(params) % parts:
         raise ConfigError(
             f"group {index} is on {type(placement.manifold).__name__} and lists {len(params)} parameters; its "
             f"points are consecutive triples U, S, V: build the groups with stiefelopt.param_groups(model), or "
             f"list all three."
         )
-    return [(i, params[i : i + parts]) for i in range(0, len(params), parts)]
+    return [(i, params[i : i + parts], placement) for i in range(0, len(params), parts)]
+
+
+def _check_default(group: Mapping[str, Any], index: int) -> None:
+    """Refuse to put parameters that carry a manifold on the default one, or beside it in silence."""
+    if "manifold" not in group and any(map(carried, group["params"])):
+        raise ConfigError(
+            f"group {index} names no manifold and holds parameters that carry their own, which the wrapper's default "
+            f"would replace: build the groups with stiefelopt.param_groups(model), or name the group's manifold."
+        )
 
 
 def _residual(params: Sequence[Tensor], placement: Placement) -> float:

@@ -49,11 +49,15 @@ class Placement:
         return self.direction != "plain" or self.manifold_decay > 0
 
     def matrix_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """(*b, rows, columns) of a parameter of that shape under the view."""
-        return (shape[0], math.prod(shape[1:])) if self.view == "matrix" else tuple(shape)
+        """(*b, rows, columns) of a parameter of that shape under the view; a vector is one column."""
+        if self.manifold.held == "tensor":
+            return tuple(shape)
+        return (shape[0], math.prod(shape[1:])) if self.view == "matrix" or len(shape) == 1 else tuple(shape)
 
     def is_rows(self, shape: torch.Size) -> bool:
         """Whether the rows, not the columns, are orthonormal: stated, or a wide matrix."""
+        if self.manifold.held != "matrix":
+            return False
         rows, columns = self.matrix_shape(shape)[-2:]
         return self.orientation == "rows" or (self.orientation == "auto" and rows < columns)
 
@@ -87,22 +91,34 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
         _one_of("direction", given.get("direction", "plain"), DIRECTIONS),
         _decay(given.get("manifold_decay", 0.0)),
     )
-    return _of_fixed_rank(placement) if placement.manifold.parts > 1 else _of_stiefel(placement, given)
+    return _HELD[placement.manifold.held](placement, given)
 
 
-def _of_stiefel(placement: Placement, given: Mapping[str, Any]) -> Placement:
+def _as_matrix(placement: Placement, given: Mapping[str, Any]) -> Placement:
+    name = type(placement.manifold).__name__
     if "gradient" in given:
         raise ConfigError(
-            "the group key 'gradient' belongs to FixedRank groups; leave it out of a Stiefel group."
+            f"the group key 'gradient' belongs to FixedRank groups; leave it out of a {name} group."
         )
     if placement.manifold_decay:
         raise ConfigError(
-            "manifold_decay shrinks a matrix, and a point of Stiefel cannot shrink; leave it out, it is for FixedRank."
+            f"manifold_decay shrinks a matrix, and a point of {name} cannot shrink; leave it out, it is for FixedRank."
         )
     return placement
 
 
-def _of_fixed_rank(placement: Placement) -> Placement:
+def _as_tensor(placement: Placement, given: Mapping[str, Any]) -> Placement:
+    """As it is: which dimensions are a batch, and which way a matrix lies, is the manifold's own business."""
+    for key in ("orientation", "view", "gradient", "direction", "manifold_decay", "reference_dim"):
+        if given.get(key) not in (None, "columns", "plain", "factors", 0):
+            raise ConfigError(
+                f"{key}={given[key]!r} does not apply to a {type(placement.manifold).__name__} group, whose parameters "
+                f"are points as they lie; leave it out."
+            )
+    return replace(placement, orientation="columns")
+
+
+def _as_tall(placement: Placement, given: Mapping[str, Any]) -> Placement:
     """U, S and V lie as they are: (*b, m, r), (*b, r, r), (*b, n, r)."""
     if placement.orientation == "rows" or placement.view == "matrix":
         raise ConfigError(
@@ -114,6 +130,9 @@ def _of_fixed_rank(placement: Placement) -> Placement:
             "displacement_scale='stella' is for Stiefel groups; in a FixedRank group use a number, or leave it out."
         )
     return replace(placement, orientation="columns")
+
+
+_HELD = {"matrix": _as_matrix, "tall": _as_tall, "tensor": _as_tensor}
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Any:
@@ -192,7 +211,10 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
         raise ConfigError(
             f"{name} is sharded (DTensor), which this version cannot step on a manifold; keep it replicated."
         )
-    if p.ndim < 2:
+    if placement.manifold.held == "tensor":
+        placement.manifold.check_shape(name, p)  # type: ignore[attr-defined]
+        return
+    if p.ndim < (1 if placement.manifold.vectors else 2):
         raise ShapeError(
             f"{name} is a vector of shape {tuple(p.shape)} in a manifold group; matrices are needed: build the groups "
             f"with stiefelopt.param_groups(model), or give vectors a group without 'manifold'."
@@ -204,17 +226,17 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
         )
     rows, columns = placement.matrix_shape(p.shape)[-2:]
     long_side = columns if placement.is_rows(p.shape) else rows
-    if long_side < max(rows, columns) and placement.manifold.parts > 1:
+    if long_side < max(rows, columns) and placement.manifold.held == "tall":
         raise ShapeError(
             f"{name} is {rows} x {columns}, and the factors U, S, V of a fixed-rank point are tall, (*b, m, r), "
             f"(*b, r, r), (*b, n, r): store it transposed, or use a smaller rank."
         )
-    if long_side < max(rows, columns):
+    if long_side < max(rows, columns) and not placement.manifold.wide:
         raise ShapeError(
             f"{name} is {rows} x {columns}, and {min(rows, columns)} orthonormal {placement.orientation} at most fit: "
             f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out."
         )
-    check_matrix(name, placement.as_tall(p.detach()))
+    check_matrix(name, placement.as_tall(p.detach()), wide=placement.manifold.wide)
 
 
 def resolve_orientation(placement: Placement, shapes: Iterable[torch.Size]) -> str:

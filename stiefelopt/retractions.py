@@ -223,6 +223,15 @@ _registry: Registry[Retraction] = Registry("retraction")
 names, get = _registry.names, _registry.get
 
 
+def as_part(retraction: str | Retraction | Callable[[Tensor, Tensor], Tensor]) -> Retraction:
+    """What a manifold's option ``retraction`` means: a name, a part, or a plain function, which declares nothing."""
+    if isinstance(retraction, str):
+        return get(retraction)
+    if isinstance(retraction, Retraction):
+        return retraction
+    return Retraction("a plain function", "ambient", retraction, {}, equivariance="")
+
+
 def register(
     name: str,
     *,

@@ -49,8 +49,8 @@ def tolerance(dtype: torch.dtype, n: int, p: int) -> float:
     return max(4 * eps / math.sqrt(n), 2 * eps) if dtype in HALF else 10 * eps * math.sqrt(n * p)
 
 
-def check_matrix(name: str, x: object) -> Tensor:
-    """Refuse what is not a real floating-point tensor (*b, n, p) with n >= p >= 1."""
+def check_matrix(name: str, x: object, *, wide: bool = False) -> Tensor:
+    """Refuse what is not a real floating-point tensor (*b, n, p) with n >= p >= 1, or n < p where wide ones fit."""
     if not isinstance(x, Tensor):
         raise ShapeError(f"{name} is a {type(x).__name__}; a torch tensor (*b, n, p) is needed.")
     if x.is_complex():
@@ -65,7 +65,7 @@ def check_matrix(name: str, x: object) -> Tensor:
             f"{name} has shape {tuple(x.shape)}; a matrix (*b, n, p) is needed: use [:, None] for p = 1."
         )
     n, p = x.shape[-2:]
-    if p < 1 or n < p:
+    if p < 1 or (n < p and not wide):
         raise ShapeError(
             f"{name} has shape {tuple(x.shape)}; n >= p >= 1 is needed: pass the transpose, "
             f"{name}.mT, of a wide matrix."

@@ -113,6 +113,33 @@ class Case:
         return {"equal columns": ones / p, "a zero column": torch.diag((torch.arange(p) > 0).double())}
 
 
+@dataclass(frozen=True)
+class OwnCase(Case):
+    """A case on a manifold of orthonormal columns that has no suite of its own: by what the manifold itself says.
+
+    Its projections are what the laws then check: by their rank, the dimension, and the dense formulas of the laws.
+    """
+
+    m: Any = None
+
+    def point(self, key: int = 0) -> Tensor:
+        """A point: the projection of a Gaussian."""
+        return self.m.project_point(self.normal(key)).to(self.dtype)
+
+    def ambient(self, key: int = 1) -> Tensor:
+        """A matrix of norm ``scale``, x h with a point x nearest to it and a positive h."""
+        h = self.normal(500 + key, (*self.shape[:-2], self.shape[-1], self.shape[-1]))
+        x = replace(self, dtype=torch.float64).point(600 + key)
+        return rescaled(x @ (h.mT @ h), self.scale).to(self.dtype)
+
+    def tangent(self, x: Tensor, key: int = 2, columns: Tensor | None = None) -> Tensor:
+        """x k^T w k + b k of norm ``scale``, where x w + b is tangent, made of a Gaussian by the manifold."""
+        x = x.double()
+        u = self.m.project_tangent(x, self.m.project_tangent(x, self.normal(key, x.shape)))
+        k = torch.eye(x.shape[-1], dtype=torch.float64) if columns is None else columns
+        return rescaled(x @ (k.mT @ (x.mT @ u) @ k) + _off(x, u) @ k, self.scale).to(self.dtype)
+
+
 law = law_at(Case)
 
 
@@ -134,12 +161,7 @@ def _normal_part(x: Tensor, u: Tensor) -> Tensor:
 
 def retraction_of(m: Stiefel) -> Retraction:
     """The manifold's retraction as a part, with what it declares (a plain function declares nothing)."""
-    r = m.retraction
-    if isinstance(r, str):
-        return retractions.get(r)
-    return (
-        r if isinstance(r, Retraction) else Retraction("a plain function", "ambient", r, {}, equivariance="")
-    )
+    return m.retraction_part
 
 
 def serves(r: Retraction, metric: str) -> bool:
@@ -250,7 +272,7 @@ def law_project_tangent(m: Stiefel, case: Case) -> None:
 @law
 def law_projection(m: Stiefel, case: Case) -> None:
     """The manifold's own projection of displacements is tangent, idempotent, and keeps tangent vectors."""
-    if m.projection != "none":
+    if getattr(m, "projection", "none") != "none":
         _check_projection(projections.get(m.projection), case)
 
 
@@ -630,9 +652,19 @@ FIXED_RANK = Suite((*RANK_MANIFOLD_LAWS, *RANK_RETRACTION_LAWS), RANK_SHAPES, Ra
 SUITES: dict[type, Suite] = {Stiefel: STIEFEL, FixedRank: FIXED_RANK}
 
 
-def suite_of(m: object) -> Suite:
-    """The laws of the nearest known class above a manifold's; those of Stiefel where there is none."""
-    return next((SUITES[cls] for cls in type(m).__mro__ if cls in SUITES), STIEFEL)
+def suite_of(m: Any) -> Suite:
+    """The laws of the nearest known class above a manifold's.
+
+    Where there is none those of Stiefel, at the shapes that it ``fits`` and with points that the manifold makes.
+    """
+    known = next((SUITES[cls] for cls in type(m).__mro__ if cls in SUITES), None)
+    if known is not None:
+        return known
+
+    def case(shape: tuple[int, ...], dtype: torch.dtype, scale: float, seed: int) -> OwnCase:
+        return OwnCase(m.fits(shape), dtype, scale, seed, m)
+
+    return replace(STIEFEL, shapes=tuple(dict.fromkeys(map(m.fits, SHAPES))), case=case)
 
 
 def check_manifold(

@@ -315,10 +315,10 @@ ON_GROUPS: dict[str, Case] = {
     ),
     "a spec with an unknown name": Case(
         UnknownNameError,
-        r"'Grassmann'.*'Stiefel'",
+        r"'Flag'.*'Stiefel'",
         r"register",
         wrap_own,
-        lambda w: w.sgd(w.point, manifold={"manifold": "Grassmann"}),
+        lambda w: w.sgd(w.point, manifold={"manifold": "Flag"}),
     ),
     "a spec with an unknown option": Case(
         ConfigError,

@@ -1,1 +1,1 @@
-"""stiefelopt inside other libraries. Each module needs its extra: pip install stiefelopt[peft], [transformers], ..."""
+"""stiefelopt inside other libraries. Each module needs its extra; nothing else in the package imports them."""

@@ -1,7 +1,26 @@
 """The manifolds."""
 
 from .base import Manifold, from_spec, get, names, register
+from .carried import carried, may_carry
 from .fixed_rank import USV, FixedRank
+from .grassmann import Grassmann
+from .special_orthogonal import SpecialOrthogonal
+from .sphere import Oblique, Sphere
 from .stiefel import Stiefel
 
-__all__ = ["USV", "FixedRank", "Manifold", "Stiefel", "from_spec", "get", "names", "register"]
+__all__ = [
+    "USV",
+    "FixedRank",
+    "Grassmann",
+    "Manifold",
+    "Oblique",
+    "SpecialOrthogonal",
+    "Sphere",
+    "Stiefel",
+    "carried",
+    "from_spec",
+    "get",
+    "may_carry",
+    "names",
+    "register",
+]

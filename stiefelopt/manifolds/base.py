@@ -37,9 +37,24 @@ class Manifold:
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
+        held: how a parameter holds a point: "matrix" (tall, or the transpose of a wide one), "tall" (never the
+            transpose), "tensor" (in any shape that ``check_shape`` accepts; leading dimensions are a batch).
+        vectors: whether a vector is a point, n x 1.
+        wide: whether a point may have fewer rows than columns.
+        recognized: whether a point can be told from what an inner optimizer's step makes of it, one parameter at a
+            time.
     """
 
     parts: ClassVar[int] = 1
+    held: ClassVar[str] = "matrix"
+    vectors: ClassVar[bool] = False
+    wide: ClassVar[bool] = False
+    recognized: ClassVar[bool] = True
+
+    @staticmethod
+    def fits(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape of points near to the shape (*b, n, p) of a tall matrix: where the laws can be tried."""
+        return shape
 
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""

@@ -55,6 +55,8 @@ class FixedRank(Manifold):
     """
 
     parts: ClassVar[int] = 3
+    held: ClassVar[str] = "tall"
+    recognized: ClassVar[bool] = False  # one factor says nothing of its point
 
     retraction: str = "svd"
     transport: str = "projection"

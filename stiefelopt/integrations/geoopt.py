@@ -1,0 +1,313 @@
+"""geoopt's manifolds under `RiemannianWrapper`: `from_geoopt`, and parameters that carry their manifold.
+
+Importing this module lets the wrapper and `param_groups` understand ``geoopt.ManifoldParameter``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from geoopt import manifolds as theirs
+from torch import Tensor
+
+from ..errors import ConfigError, NotOnManifoldError, ShapeError, StepError
+from ..gram import Reduce, Tall
+from ..manifolds.base import Carrier, Manifold, register
+from ..manifolds.carried import reads
+from ..retractions import OpenSum
+from ..shapes import REAL, check_pair, compute_dtype, without_autocast
+from .geoopt_manifolds import NotWritable, built, describe, repaired
+
+TRANSPORTS = ("none", "transp")
+
+
+@register("Geoopt")
+@dataclass(frozen=True)
+class Geoopt(Manifold):
+    """A manifold of geoopt; `from_geoopt` makes it.
+
+    Points are parameters in the shape that geoopt gives them; leading dimensions are a batch. The step is
+    y = retr(x, proju(x, d)) with geoopt's own functions, but where those are not what they claim
+    (`geoopt_manifolds`).
+
+    Args:
+        definition: the manifold in JSON, [class name, *constructor's arguments]; empty where it cannot be written.
+        transport: "none", or "transp": first moments are carried by geoopt's function of that name.
+        live: the manifold itself, where it cannot be written.
+
+    Raises:
+        ConfigError: a definition that is not one, or an unknown transport.
+
+    Cost: geoopt's; ambient, neither fused nor sharded.
+    """
+
+    held: ClassVar[str] = "tensor"
+    recognized: ClassVar[bool] = False  # half a step on the ball is still on the ball
+
+    definition: str = ""
+    transport: str = "none"
+    live: Any = None
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(
+                f"from_geoopt(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
+            )
+        if self.live is None:
+            built(self.definition, torch.device("cpu"))
+
+    def spec(self) -> dict[str, str | int | float | bool]:
+        """The definition as a flat dict, which `manifolds.from_spec` reads back.
+
+        Raises:
+            ConfigError: the curvature is learned, or the class is not one of geoopt's.
+        """
+        if self.live is None:
+            return {"manifold": "Geoopt", "definition": self.definition, "transport": self.transport}
+        raise ConfigError(
+            f"{self.live!r} is learned, depends on tensors or is of your own class, and no checkpoint can hold it: "
+            f"make the parameter a geoopt.ManifoldParameter on it, and leave 'manifold' out of its group; then it "
+            f"stays with the parameter."
+        )
+
+    def _at(self, x: Tensor) -> Any:
+        """geoopt's manifold, where x is."""
+        return self.live if self.live is not None else built(self.definition, x.device)
+
+    # Points
+
+    def check_shape(self, name: str, x: Tensor) -> None:
+        """Refuse a tensor that no value would make a point.
+
+        Raises:
+            ShapeError: of another shape than geoopt takes, or without a floating-point dtype.
+        """
+        if not isinstance(x, Tensor) or (x.dtype not in REAL and not x.is_complex()):
+            raise ShapeError(
+                f"{name} is {getattr(x, 'dtype', type(x).__name__)}; a floating-point tensor is needed."
+            )
+        fits, reason = self._at(x).check_point(x.detach(), explain=True)
+        if not fits:
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; {self._at(x)} says: {reason}.")
+
+    @without_autocast
+    def check(self, x: Tensor) -> None:
+        """Refuse what is not a point, by geoopt's own check.
+
+        Raises:
+            ShapeError: as `check_shape`. NotOnManifoldError: geoopt says why.
+        """
+        self.check_shape("x", x)
+        if x.numel() == 0:
+            return
+        manifold = self._at(x)
+        z = _lifted(x.detach())
+        # geoopt compares with its own numbers, which must then have the same dtype.
+        z = z if z.is_complex() or manifold.dtype is None else z.to(manifold.dtype)
+        loose = max(1e-5, 4 * torch.finfo(x.dtype).eps)
+        on, reason = manifold.check_point_on_manifold(z, explain=True, atol=loose, rtol=loose)
+        if not on or not bool(torch.isfinite(z).all()):
+            raise NotOnManifoldError(
+                f"x is no point of {manifold}: {reason or 'it holds NaN or Inf'}. Use project_point(x), geoopt's "
+                f"projx, or constrain(module, name, manifold) for a parameter."
+            )
+
+    @without_autocast
+    def residual(self, x: Tensor) -> Tensor:
+        """max |x - projx(x)| of every point, (*b,)."""
+        z, manifold = _lifted(x), self._at(x)
+        off = (z - manifold.projx(z)).abs()
+        return off.amax(_own_dims(manifold, z))
+
+    @without_autocast
+    def project_point(self, z: Tensor) -> Tensor:
+        """geoopt's ``projx``, the nearest point on most manifolds.
+
+        Raises:
+            NotOnManifoldError: z is not finite, or what geoopt makes of it is no point.
+        """
+        self.check_shape("z", z)
+        if not bool(torch.isfinite(z).all()):
+            raise NotOnManifoldError("z holds NaN or Inf; look where it was made.")
+        x = self._at(z).projx(_lifted(z)).to(z.dtype)
+        self.check(x)
+        return x
+
+    def random_point(
+        self,
+        *shape: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """geoopt's ``random`` point of that shape; not uniform on every manifold."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        manifold = self._at(torch.empty(0))
+        with torch.random.fork_rng(devices=[]):  # geoopt's takes no generator
+            seed = torch.randint(2**62, (), generator=generator)
+            torch.manual_seed(int(seed))
+            draw = getattr(manifold, "random_normal", manifold.random)  # Lorentz has no other
+            x = draw(*shape, dtype=manifold.dtype or compute_dtype(dtype))
+        return x.detach().as_subclass(Tensor).to(dtype=dtype, device=device)
+
+    # Tangent vectors
+
+    @without_autocast
+    def project_tangent(self, x: Tensor, z: Tensor) -> Tensor:
+        """The projection of an ambient z to the tangent space at x."""
+        x, z = _pair(x, z)
+        return self._at(x).proju(x, z)
+
+    @without_autocast
+    def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A tangent vector of unit norm."""
+        source = x.device if generator is None else generator.device
+        z = _lifted(x)
+        u = torch.randn(z.shape, dtype=z.dtype, device=source, generator=generator).to(x.device)
+        manifold = self._at(x)
+        u = manifold.proju(z, manifold.proju(z, u))
+        norms = self.norm(z, u).reshape(*x.shape[: x.ndim - manifold.ndim], *[1] * manifold.ndim)
+        return (u / norms).to(x.dtype)
+
+    @without_autocast
+    def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
+        """geoopt's ``egrad2rgrad``."""
+        x, egrad = _pair(x, egrad)
+        return self._at(x).egrad2rgrad(x, egrad.clone())  # Lorentz writes to it
+
+    @without_autocast
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """geoopt's inner product, (*b,)."""
+        manifold = self._at(x)
+        # Without keepdim the stereographic models multiply every point with every other.
+        value = manifold.inner(x, u, v, keepdim=True)
+        return value.reshape(x.shape[: x.ndim - manifold.ndim])
+
+    def norm(self, x: Tensor, u: Tensor) -> Tensor:
+        """Norm of a tangent vector, (*b,)."""
+        return self.inner(x, u, u).sqrt()
+
+    # Motion
+
+    @without_autocast
+    def retract(self, x: Tensor, u: Tensor) -> Tensor:
+        """y = retr(x, u) for a tangent u; where u is zero y is x bit for bit."""
+        x, u = _pair(x, u)
+        return _retracted(self._at(x), x, u)
+
+    @without_autocast
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """geoopt's ``expmap``, which for some manifolds is their retraction."""
+        x, u = _pair(x, u)
+        return self._at(x).expmap(x, u)
+
+    @without_autocast
+    def transport_vector(self, x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """v, tangent at x, as a tangent vector at y = retract(x, u)."""
+        return self._at(x).transp(x, y, v)
+
+    # The beats of the optimizer's step, on stacks (k, *shape)
+
+    def stacked_gradient(
+        self, xs: Tall, gs: Tall, *, arriving: str = "factors", reduce: Reduce | None = None
+    ) -> Tensor:
+        """Overwrite the stacks gs by Riemannian gradients; returns the largest entries before and after."""
+        shown = _shown(gs)
+        for x, g in zip(xs, gs, strict=True):
+            g.copy_(self._at(x).egrad2rgrad(x, g))
+        return torch.maximum(shown, _shown(gs))
+
+    def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
+        """Overwrite the moved points ms by displacements; returns their largest entries."""
+        for x, m in zip(xs, ms, strict=True):
+            torch.sub(m, x, out=m)
+        return _shown(ms)
+
+    def stacked_move(
+        self,
+        xs: Tall,
+        ms: Tall,
+        e: Tensor,
+        scales: Sequence[float],
+        *,
+        drift: float,
+        reduce: Reduce | None = None,
+    ) -> list[OpenSum]:
+        """Scale and project the displacements that `stacked_overlap` left in ms, and retract them."""
+        return [(self._moved(x, d * s), None) for x, d, s in zip(xs, ms, scales, strict=True)]
+
+    def _moved(self, x: Tensor, d: Tensor) -> Tensor:
+        manifold = self._at(x)
+        y = _retracted(manifold, x, manifold.proju(x, d), still=d)
+        if y.device.type == "cpu" and not bool(torch.isfinite(y).all()):
+            raise StepError(f"{manifold} cannot retract so long a step; lower the learning rate or clip")
+        return y
+
+    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+        """What carries first moments to the new points; None for "none"."""
+        if self.transport == "none":
+            return None
+
+        def carry(index: Sequence[int], ys: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
+            return [self._at(y).transp(xs[i], y, v) for i, y, v in zip(index, ys, vs, strict=True)]
+
+        return Carrier(carry)
+
+    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+        """Sum of ||y - x||_F^2."""
+        return sum((y - x).abs().square().sum().item() for x, y in zip(xs, ys, strict=True))
+
+
+def _own_dims(manifold: Any, x: Tensor) -> tuple[int, ...]:
+    """The dimensions of one point; those before them are a batch."""
+    return tuple(range(x.ndim - manifold.ndim, x.ndim))
+
+
+def _retracted(manifold: Any, x: Tensor, u: Tensor, still: Tensor | None = None) -> Tensor:
+    """R(x, u), but x bit for bit where u (or what it was projected from) is zero."""
+    zero = (u if still is None else still) == 0
+    return torch.where(zero.all(_own_dims(manifold, x), keepdim=True), x, manifold.retr(x, u))
+
+
+def _pair(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    check_pair("x", x, "the vector", u)
+    return _lifted(x), _lifted(u)
+
+
+def _lifted(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype))
+
+
+def _shown(stacks: Tall) -> Tensor:
+    """The largest entry of every parameter, (B, 1, 1), in which NaN and Inf show."""
+    return torch.cat([t.abs().reshape(len(t), -1).amax(1) for t in stacks])[:, None, None]
+
+
+@reads("geoopt")
+def from_geoopt(manifold: Any, *, transport: str = "none") -> Geoopt | None:
+    """A manifold of geoopt for `RiemannianWrapper`, for any torch optimizer.
+
+    Args:
+        manifold: any ``geoopt.manifolds.Manifold``, products and scaled ones included.
+        transport: what the wrapper does with first moments: "none", or "transp", geoopt's function of that name.
+
+    Returns:
+        The manifold for a group's key "manifold"; None, which is no constraint, for ``geoopt.Euclidean``.
+
+    Raises:
+        ConfigError: not a manifold of geoopt.
+    """
+    if not isinstance(manifold, theirs.Manifold):
+        raise ConfigError(
+            f"a manifold of geoopt is needed, for example geoopt.Sphere(), got {type(manifold).__name__}."
+        )
+    if isinstance(manifold, theirs.Euclidean):
+        return None
+    try:
+        return Geoopt(json.dumps(describe(manifold)), transport)
+    except NotWritable:
+        return Geoopt("", transport, repaired(manifold))

@@ -1,0 +1,53 @@
+"""Parameters of other libraries that carry a manifold themselves, as geoopt's ManifoldParameter does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .base import Manifold
+
+Reader = TypeVar("Reader", bound=Callable[..., Manifold | None])
+
+# What reads the manifolds of a library; an integration registers its own when it is imported.
+_READERS: dict[str, Callable[..., Manifold | None]] = {}
+_INTEGRATIONS = {"geoopt": "stiefelopt.integrations.geoopt"}
+
+
+def reads(library: str) -> Callable[[Reader], Reader]:
+    """Decorator: this function turns that library's manifolds into ours, None where they constrain nothing."""
+
+    def add(reader: Reader) -> Reader:
+        _READERS[library] = reader
+        return reader
+
+    return add
+
+
+def may_carry(p: Tensor) -> bool:
+    """Whether a parameter has a manifold of its own, be it one that constrains nothing; cheap."""
+    return type(p) not in (nn.Parameter, Tensor) and getattr(p, "manifold", None) is not None
+
+
+def carried(p: Tensor) -> Manifold | None:
+    """The manifold in a parameter's own attribute ``manifold``; None where it carries none.
+
+    Raises:
+        ConfigError: it is another library's, and what reads it has not been imported.
+    """
+    if not may_carry(p):
+        return None
+    theirs: Any = p.manifold  # type: ignore[attr-defined]
+    for cls in type(theirs).__mro__:
+        library = cls.__module__.partition(".")[0]
+        if library in _READERS:
+            return _READERS[library](theirs)
+        if library in _INTEGRATIONS:
+            raise ConfigError(
+                f"a parameter of shape {tuple(p.shape)} carries the manifold {theirs!r} of {library}: "
+                f"`import {_INTEGRATIONS[library]}` first, or pass a plain nn.Parameter to leave it unconstrained."
+            )
+    return None

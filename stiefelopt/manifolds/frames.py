@@ -1,0 +1,302 @@
+"""What manifolds of orthonormal columns share: points, motion and the optimizer's step in Gram form."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics, projections, retractions, transports
+from ..errors import ConfigError, NotOnManifoldError, ShapeError
+from ..gram import Reduce, Tall, gram, identity_like, split, unmoved_matrices
+from ..matfun import inverse_symmetric_root
+from ..retractions import OpenSum, normalize
+from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance, without_autocast
+from .base import Carrier, Manifold
+
+
+@dataclass(frozen=True)
+class Frames(Manifold):
+    """Matrices (*b, n, p) with orthonormal columns; a subclass says which vectors are tangent.
+
+    Everything here is small algebra between `gram` and `combine`, whatever the subclass picks.
+    """
+
+    # What a subclass says
+
+    if TYPE_CHECKING:  # options, or constants
+
+        @property
+        def metric(self) -> str:
+            """What the gradient means."""
+
+        @property
+        def transport(self) -> str:
+            """What the wrapper does with first moments."""
+
+    @property
+    @abstractmethod
+    def _metric(self) -> metrics.Metric:
+        """What the gradient means."""
+
+    @property
+    @abstractmethod
+    def _tangent(self) -> projections.Projection:
+        """The orthogonal projection to the tangent space, of the Gram form."""
+
+    @property
+    @abstractmethod
+    def retraction_part(self) -> retractions.Retraction:
+        """The retraction, with the order that it has on this manifold."""
+
+    @property
+    def _projection(self) -> projections.Projection | None:
+        """How a displacement becomes tangent; None leaves it as it is."""
+        return self._tangent
+
+    @property
+    def _transport(self) -> transports.Transport | None:
+        """How the wrapper carries first moments; None leaves them as they are."""
+        return None if self.transport == "none" else self._by_projection()
+
+    @abstractmethod
+    def _dim(self, n: int, p: int) -> int:
+        """Dimension of the manifold of single points (n, p)."""
+
+    # Points
+
+    @without_autocast
+    def residual(self, x: Tensor) -> Tensor:
+        """max |x^T x - I| of every matrix, (*b,), in the compute dtype."""
+        (xs,) = as_stacks(x=x)
+        c = gram([xs], [xs])
+        return (c - identity_like(c)).abs().amax((-2, -1)).reshape(x.shape[:-2])
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what is not a point.
+
+        Raises:
+            ShapeError: not a real floating-point tensor (*b, n, p) with n >= p >= 1.
+            NotOnManifoldError: columns are not orthonormal to 10 eps sqrt(n p), or not finite.
+        """
+        check_matrix("x", x)
+        if x.numel() == 0:
+            return
+        worst = self.residual(x.detach()).amax().item()
+        allowed = tolerance(x.dtype, *x.shape[-2:])
+        if not worst <= allowed:
+            raise NotOnManifoldError(
+                f"x has max |x^T x - I| = {worst:.2g}, and {allowed:.2g} is allowed for {tuple(x.shape)} in {x.dtype}: "
+                f"use project_point(x), or constrain(module, name, manifold) for a parameter."
+            )
+
+    def random_point(
+        self,
+        *shape: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A point (*b, n, p), uniform in the Haar measure: the Q of a Gaussian, signs fixed (Mezzadri 2007)."""
+        shape = as_shape(shape)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        z = torch.empty(shape, dtype=dtype, device="meta")
+        check_matrix("random_point's result", z)
+        source = device if generator is None else generator.device
+        z = torch.randn(shape, dtype=compute_dtype(dtype), device=source, generator=generator)
+        q, r = torch.linalg.qr(z)
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+        # LAPACK's columns lie one after the other; a parameter's rows should.
+        return (q * signs[..., None, :]).to(dtype=dtype, device=device).contiguous()
+
+    def project_point(self, z: Tensor) -> Tensor:
+        """The point nearest to z: its polar factor, by SVD; see `projections.polar_factor`."""
+        return projections.polar_factor(z)
+
+    def dim(self, *shape: int) -> int:
+        """Dimension of the manifold of points (*b, n, p)."""
+        *batch, n, p = as_shape(shape)
+        return math.prod(batch) * self._dim(n, p)
+
+    # Tangent vectors
+
+    def project_tangent(self, x: Tensor, z: Tensor) -> Tensor:
+        """The orthogonal projection of an ambient z (*b, n, p): z - x sym(x^T z) on Stiefel."""
+        return self._tangent(x, z)
+
+    @without_autocast
+    def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A tangent vector of unit norm in the metric; zero where the manifold is a single point."""
+        check_matrix("x", x)
+        source = x.device if generator is None else generator.device
+        z = torch.randn(x.shape, dtype=compute_dtype(x.dtype), device=source, generator=generator).to(
+            x.device
+        )
+        if (
+            self._dim(*x.shape[-2:]) == 0
+        ):  # as on St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding
+            return torch.zeros_like(x)
+        point = x.to(z.dtype)
+        u = self._unit(point, self.project_tangent(point, z))
+        # Where few dimensions are tangent, dividing blew the first projection's rounding up; the second removes it.
+        return self._unit(point, self.project_tangent(point, u)).to(x.dtype)
+
+    def _unit(self, x: Tensor, u: Tensor) -> Tensor:
+        return u / self.norm(x, u)[..., None, None]
+
+    def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
+        """Riemannian gradient from the Euclidean one: <gradient, v>_x = <egrad, v> for every tangent v.
+
+        Args:
+            x: point (*b, n, p).
+            egrad: ordinary gradient, same shape.
+
+        Returns:
+            Tangent vector (*b, n, p). Cost: 4 n p^2 flops, two passes.
+        """
+        return on_stacks(lambda x, egrad: self._metric.gradient([x], [egrad])[0][0], x=x, egrad=egrad)
+
+    @without_autocast
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Inner product <u, v>_x of tangent vectors in the metric, (*b,)."""
+        xs, us, vs = as_stacks(x=x, u=u, v=v)
+        return self._metric.inner([xs], [us], [vs]).reshape(x.shape[:-2])
+
+    def norm(self, x: Tensor, u: Tensor) -> Tensor:
+        """Norm of a tangent vector in the metric, (*b,)."""
+        return self.inner(x, u, u).clamp_min(0).sqrt()
+
+    # Motion
+
+    def retract(self, x: Tensor, u: Tensor) -> Tensor:
+        """The point y = R(x, u) for a tangent u, by the manifold's retraction; R(x, 0) is x bit for bit."""
+        return self.retraction_part(x, u)
+
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """The geodesic of this metric from x in direction u at time 1."""
+        if self.metric not in retractions.exp.variants:
+            raise ConfigError(
+                f"no closed geodesic is known for metric {self.metric!r}; use retract, or one of the metrics "
+                f"{', '.join(map(repr, retractions.exp.variants))}."
+            )
+        return retractions.exp(x, u, metric=self.metric)
+
+    def transport_vector(self, x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """v, tangent at x, as a tangent vector at y = retract(x, u): by projection, or the registered rule."""
+        return (self._transport or self._by_projection())(x, u, y, v)
+
+    def _by_projection(self) -> transports.Transport:
+        return transports.Transport("projection", "gram", self._tangent.function)
+
+    # The beats of the optimizer's step, on stacks of several heights at once
+
+    def stacked_gradient(
+        self, xs: Tall, gs: Tall, *, arriving: str = "factors", reduce: Reduce | None = None
+    ) -> Tensor:
+        """Overwrite the stacks gs by Riemannian gradients; returns x^T g, in which every non-finite entry shows."""
+        return self._metric.gradient(xs, gs, reduce, out=gs)[1]
+
+    def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
+        """x^T m - I, (B, p, p), for moved points m: x^T d of the displacement, where a non-finite one shows."""
+        w = gram(xs, ms, reduce)
+        w.diagonal(dim1=-2, dim2=-1).sub_(1)
+        return w
+
+    def stacked_move(
+        self,
+        xs: Tall,
+        ms: Tall,
+        e: Tensor,
+        scales: Sequence[float],
+        *,
+        drift: float,
+        reduce: Reduce | None = None,
+    ) -> list[OpenSum]:
+        """Scale and project the displacements m - x and retract them: the new points, as open sums.
+
+        Args:
+            xs: stacks (b, n, p), the points.
+            ms: the moved points; overwritten.
+            e: their overlap.
+            scales: factor of the displacement, for each stack.
+            drift: the largest |x^T x - I| there may be.
+            reduce: sums a batch over ranks.
+        """
+        unmoved = unmoved_matrices(xs, ms, e, drift)
+        projection, retraction = self._projection, self.retraction_part
+        if unmoved is None and projection is self._tangent and retraction.form == "normalizer":
+            return normalize(_projected(xs, ms, projection.function(e), scales), retraction, reduce)
+        ds = _scaled_displacements(xs, ms, scales, out=ms)
+        if projection is not None:
+            ds = projection.apply(xs, ds, reduce=reduce, out=ds)
+        return [(y, None) for y in retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
+
+    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+        """What carries first moments from the stacks xs to the new ones, made before `stacked_move` overwrites ms."""
+        transport = self._transport
+        if transport is None:
+            return None
+        if transport.form == "gram":
+            return Carrier(lambda index, ys, vs: transport.apply(ys, ys, ys, vs))
+        us = _scaled_displacements(xs, ms, scales)
+        if self._projection is not None:
+            us = self._projection.apply(xs, us)
+        return Carrier(
+            lambda index, ys, vs: transport.apply([xs[i] for i in index], [us[i] for i in index], ys, vs)
+        )
+
+    def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+        """Give every displacement, made tangent, the singular values rate instead of its own; returns the overlap.
+
+        Reference: SPEL and Muon, whose direction this is: msign(u) = u (u^T u)^(-1/2).
+        """
+        us = self._tangent.apply(xs, _scaled_displacements(xs, ms, [1.0] * len(xs)))
+        eps = torch.finfo(us[0].dtype).eps
+        roots = split(inverse_symmetric_root(torch.linalg.eigh(gram(us, us).double()), eps), us)
+        for x, m, u, root, rate in zip(xs, ms, us, roots, rates, strict=True):
+            torch.baddbmm(x, u, root.to(u.dtype), alpha=rate, out=m)
+        return self.stacked_overlap(xs, ms)
+
+    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+        """Sum of ||y - x||_F^2."""
+        return sum((y - x).square().sum().item() for x, y in zip(xs, ys, strict=True))
+
+
+def _scaled_displacements(
+    xs: Tall, ms: Tall, scales: Sequence[float], out: Tall | None = None
+) -> list[Tensor]:
+    """s (m - x) for every stack."""
+    outs = [None] * len(xs) if out is None else out
+    ds = [torch.sub(m, x, out=o) for x, m, o in zip(xs, ms, outs, strict=True)]
+    return [d if s == 1.0 else d.mul_(s) for d, s in zip(ds, scales, strict=True)]
+
+
+def _projected(xs: Tall, ms: Tall, normal: Tensor, scales: Sequence[float]) -> list[Tensor]:
+    """x + s (d - x normal) with d = m - x as s m + x ((1 - s) I - s normal): one product, no pass for d."""
+    zs = []
+    for x, m, small, s in zip(xs, ms, split(normal, xs), scales, strict=True):
+        if s == 1.0:
+            zs.append(torch.baddbmm(m, x, small, alpha=-1, out=m))
+        else:
+            zs.append(torch.baddbmm(m, x, (1 - s) * identity_like(small) - s * small, beta=s, out=m))
+    return zs
+
+
+def as_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
+    """(n, p) or ((n, p),), as in torch.randn."""
+    if len(shape) == 1 and not isinstance(shape[0], int):
+        shape = tuple(shape[0])
+    if len(shape) >= 2 and not (shape[-2] >= shape[-1] >= 1 and min(shape) >= 0):
+        raise ShapeError(
+            f"the shape {tuple(shape)} is not (*b, n, p) with n >= p >= 1; swap the last two of a wide one."
+        )
+    if len(shape) < 2:
+        raise ShapeError(
+            f"the shape {shape} has fewer than two dimensions; give (*b, n, p), for example (64, 8)."
+        )
+    return shape

@@ -1,0 +1,388 @@
+"""Grassmann, SpecialOrthogonal, Sphere, Oblique and whatever else is registered: laws, oracles, and the wrapper."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pymanopt.manifolds as pm
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stiefelopt import (
+    Grassmann,
+    Oblique,
+    RiemannianWrapper,
+    SpecialOrthogonal,
+    Sphere,
+    Stiefel,
+    constrain,
+    manifolds,
+    param_groups,
+    retractions,
+)
+from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, StepError, UnknownNameError
+from stiefelopt.laws import Law
+from stiefelopt.manifolds.frames import Frames
+from stiefelopt.manifolds.one_metric import OneMetric
+from stiefelopt.retractions import close
+from stiefelopt.shapes import tolerance
+from stiefelopt.testing import MANIFOLD_LAWS, RETRACTION_LAWS, Case, check_manifold, law_drift, suite_of
+
+KINDS: list[Any] = [
+    kind
+    for kind in map(manifolds.get, manifolds.names())
+    if issubclass(kind, (Frames, OneMetric)) and kind is not Stiefel
+]
+EVERY = [kind(r) for kind in KINDS for r in retractions.names()]
+SHAPES = ((6, 3), (4, 4), (5, 1), (2, 0, 5, 2))
+
+
+def label(m: Any) -> str:
+    return f"{type(m).__name__}-{m.retraction}"
+
+
+def named(law: Law) -> str:
+    return law.__name__
+
+
+def case(m: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Any:
+    return suite_of(m).case(shape, dtype, scale, 0)
+
+
+# The laws, by enumeration
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("law", MANIFOLD_LAWS, ids=named)
+def test_laws_of_manifolds(law: Law, kind: Any) -> None:
+    for transport in ("none", "projection"):
+        m = kind(transport=transport)
+        for shape in SHAPES:
+            for dtype in (torch.float32, torch.float64):
+                for scale in (1e-6, 1.0, 1e2):
+                    law(m, case(m, shape, dtype, scale))
+
+
+@pytest.mark.parametrize("m", EVERY, ids=label)
+@pytest.mark.parametrize("law", RETRACTION_LAWS, ids=named)
+def test_laws_of_retractions(law: Law, m: Any) -> None:
+    law(m, case(m, (6, 3)))
+    law(m, case(m, (4, 4), torch.float32, 1e2))
+    law(m, case(m, (3, 5, 1), torch.float32, 1e-2))
+
+
+@pytest.mark.parametrize("m", EVERY, ids=label)
+def test_no_drift(m: Any) -> None:
+    law_drift(m, case(m, (16, 4), torch.float32, 1e-2), steps=300)
+
+
+def test_check_manifold_takes_them() -> None:
+    for kind in KINDS:
+        check_manifold(kind(), shapes=[(5, 2)], dtypes=[torch.float64], scales=[1.0])
+
+
+@pytest.mark.parametrize("m", EVERY, ids=label)
+def test_beats_equal_methods(m: Any) -> None:
+    """Two heights at once, two points of each, one of which does not move."""
+    cases = [case(m, (2, n, 3)) for n in (5, 6)]
+    xs = [c.point() for c in cases]
+    ds = [0.3 * torch.randn(x.shape, dtype=x.dtype) for x in xs]
+    ds[1][0] = 0
+    gs = [d.clone() for d in ds]
+    m.stacked_gradient(xs, gs)
+    for x, d, g in zip(xs, ds, gs, strict=True):
+        torch.testing.assert_close(g, m.gradient(x, d))
+    ms = [x + d for x, d in zip(xs, ds, strict=True)]
+    overlap = m.stacked_overlap(xs, ms)
+    assert len(overlap) == 4
+    ys = close(m.stacked_move(xs, ms, overlap, [1.0, 0.5], drift=tolerance(torch.float64, 6, 3)))
+    for x, d, y, s in zip(xs, ds, ys, (1.0, 0.5), strict=True):
+        torch.testing.assert_close(y, m.retract(x, m.project_tangent(x, s * d)), atol=1e-13, rtol=0)
+    assert torch.equal(ys[1][0], xs[1][0])
+
+
+# Oracles: pymanopt, in float64
+
+
+def both(m: Any, theirs: Any, x: Tensor) -> dict[str, tuple[Tensor, Any]]:
+    """What we compute and what pymanopt computes at x from the same ambient z and g."""
+    z, g = torch.randn(2, *x.shape, dtype=x.dtype)
+    u, v = m.project_tangent(x, z), m.project_tangent(x, g)
+    p, tu, tv = x.numpy(), u.numpy(), v.numpy()
+    y = m.exp(x, u)
+    return {
+        "projection": (u, theirs.projection(p, z.numpy())),
+        "gradient": (m.gradient(x, g), theirs.euclidean_to_riemannian_gradient(p, g.numpy())),
+        "inner": (m.inner(x, u, v), theirs.inner_product(p, tu, tv)),
+        "norm": (m.norm(x, u), theirs.norm(p, tu)),
+        "exp": (y, theirs.exp(p, tu)),
+        "transport": (m.transport_vector(x, u, y, v), theirs.transport(p, y.numpy(), tv)),
+        "dim": (torch.tensor(m.dim(*x.shape), dtype=torch.float64), theirs.dim),
+    }
+
+
+def agree(pairs: dict[str, tuple[Tensor, Any]], shape: tuple[int, ...]) -> None:
+    for name, (ours, theirs) in pairs.items():
+        expected = torch.as_tensor(np.asarray(theirs, dtype=float), dtype=torch.float64)
+        expected = expected.reshape(shape) if ours.ndim else expected
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9, msg=f"{name} differs")
+
+
+def test_grassmann_is_pymanopts() -> None:
+    m, theirs = Grassmann(), pm.Grassmann(7, 3)
+    x = m.random_point(7, 3, dtype=torch.float64)
+    pairs = both(m, theirs, x)
+    u = m.project_tangent(x, torch.randn_like(x))
+    pairs["retraction"] = (m.retract(x, u), theirs.retraction(x.numpy(), u.numpy()))
+    for name in ("exp", "retraction"):  # one subspace, whatever its basis
+        ours, other = pairs.pop(name)
+        torch.testing.assert_close(ours @ ours.mT, torch.from_numpy(other @ other.T), atol=1e-9, rtol=0)
+    agree(pairs, (7, 3))
+
+
+def test_sphere_is_pymanopts() -> None:
+    for shape in ((7, 1), (4, 3)):
+        m, theirs = Sphere(), pm.Sphere(*shape)
+        x = m.random_point(*shape, dtype=torch.float64)
+        u = m.project_tangent(x, torch.randn_like(x))
+        pairs = both(m, theirs, x)
+        pairs["retraction"] = (m.retract(x, u), theirs.retraction(x.numpy(), u.numpy()))
+        agree(pairs, shape)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_oblique_is_pymanopts(shape: tuple[int, int]) -> None:
+    m, theirs = Oblique(), pm.Oblique(*shape)
+    x = m.random_point(*shape, dtype=torch.float64)
+    u = m.project_tangent(x, torch.randn_like(x))
+    pairs = both(m, theirs, x)
+    pairs["retraction"] = (m.retract(x, u), theirs.retraction(x.numpy(), u.numpy()))
+    agree(pairs, shape)
+
+
+@pytest.mark.parametrize("retraction", ["qr", "polar"])
+def test_special_orthogonal_is_pymanopts(retraction: str) -> None:
+    """pymanopt writes a tangent vector x a as a."""
+    m, theirs = SpecialOrthogonal(retraction), pm.SpecialOrthogonalGroup(4, retraction=retraction)
+    x = m.random_point(4, 4, dtype=torch.float64)
+    z, g = torch.randn(2, 4, 4, dtype=torch.float64)
+    u, v = m.project_tangent(x, z), m.project_tangent(x, g)
+    p, a, b = x.numpy(), (x.mT @ u).numpy(), (x.mT @ v).numpy()
+    pairs = {
+        "projection": (u, p @ theirs.projection(p, z.numpy())),
+        "gradient": (m.gradient(x, g), p @ theirs.euclidean_to_riemannian_gradient(p, g.numpy())),
+        "inner": (m.inner(x, u, v), theirs.inner_product(p, a, b)),
+        "exp": (m.exp(x, u), theirs.exp(p, a)),
+        "retraction": (m.retract(x, u), theirs.retraction(p, a)),
+        "dim": (torch.tensor(m.dim(4, 4), dtype=torch.float64), theirs.dim),
+    }
+    agree(pairs, (4, 4))
+
+
+def test_the_nearest_rotation() -> None:
+    """Against every rotation on a fine grid of angles, for matrices of positive and negative determinant."""
+    angles = torch.linspace(0, 2 * math.pi, 20001, dtype=torch.float64)
+    grid = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), -1).reshape(-1, 2, 2)
+    for z in torch.randn(8, 2, 2, dtype=torch.float64):
+        y = SpecialOrthogonal().project_point(z)
+        assert torch.linalg.det(y) == pytest.approx(1.0)
+        assert torch.dist(y, z) <= (grid - z).norm(dim=(1, 2)).min() + 1e-12
+    batch = torch.randn(50, 5, 5)
+    SpecialOrthogonal().check(SpecialOrthogonal().project_point(batch))
+    SpecialOrthogonal().check(SpecialOrthogonal().random_point(50, 3, 3))
+
+
+# Unit vectors are Stiefel with p = 1
+
+
+@pytest.mark.parametrize("retraction", retractions.names())
+def test_oblique_is_a_stack_of_spheres(retraction: str) -> None:
+    m, one = Oblique(retraction), Stiefel("euclidean", retraction)
+    x = m.random_point(2, 4, 6, dtype=torch.float64)
+    z = 0.1 * torch.randn_like(x)
+    u, seen = m.project_tangent(x, z), x.mT[..., None]
+    for ours, theirs in (
+        (u, one.project_tangent(seen, z.mT[..., None])),
+        (m.retract(x, u), one.retract(seen, u.mT[..., None])),
+    ):
+        torch.testing.assert_close(ours, theirs.squeeze(-1).mT, atol=1e-14, rtol=0)
+    assert m.norm(x, m.random_tangent(x)).sub(1).abs().max() < 1e-12
+    assert m.dim(2, 4, 6) == 2 * 6 * 3
+    assert Sphere().dim(4, 6) == 23
+
+
+# Grassmann
+
+
+def test_a_gradient_of_a_function_of_the_subspace_is_horizontal_already() -> None:
+    a = torch.randn(6, 6, dtype=torch.float64)
+    x = Grassmann().random_point(6, 2, dtype=torch.float64).requires_grad_()
+    f = (x.mT @ (a + a.mT) @ x).trace()
+    (g,) = torch.autograd.grad(f, x)
+    u = Grassmann().gradient(x.detach(), g)
+    assert (x.mT @ u).abs().max() < 1e-13
+    torch.testing.assert_close(u, Stiefel().gradient(x.detach(), g), atol=1e-12, rtol=0)
+
+
+# The wrapper drives them
+
+
+def fit(optimizer: Any, p: Tensor, loss: Any, steps: int = 200) -> tuple[float, float]:
+    first = loss(p).item()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(p).backward()
+        optimizer.step()
+    return first, loss(p).item()
+
+
+@pytest.mark.parametrize("transport", ["none", "projection"])
+def test_grassmann_finds_the_leading_subspace(transport: str) -> None:
+    a = torch.diag(torch.arange(8.0, 0, -1, dtype=torch.float64))
+    p = nn.Parameter(Grassmann().random_point(8, 3, dtype=torch.float64))
+    groups = [{"params": [p], "manifold": Grassmann(transport=transport)}]
+    optimizer = RiemannianWrapper(torch.optim.SGD(groups, lr=0.02, momentum=0.9))
+    _, last = fit(optimizer, p, lambda x: -(x.mT @ a @ x).trace(), 400)
+    assert last == pytest.approx(-21.0, abs=1e-8)
+    if transport == "projection":
+        assert (p.mT @ optimizer.state[p]["momentum_buffer"]).abs().max() < 1e-12
+
+
+def test_special_orthogonal_keeps_the_determinant() -> None:
+    q = SpecialOrthogonal().random_point(3, 5, 5)
+    p = nn.Parameter(SpecialOrthogonal().random_point(3, 5, 5))
+    groups = [{"params": [p], "manifold": SpecialOrthogonal("cayley"), "view": "batch"}]
+    optimizer = RiemannianWrapper(torch.optim.AdamW(groups, lr=0.05))
+    first, last = fit(optimizer, p, lambda x: (x - q).square().sum(), 300)
+    assert last < 0.1 * first
+    for _ in range(50):  # steps that no training makes
+        p.grad = 1e3 * torch.randn_like(p)
+        optimizer.step()
+    assert (torch.linalg.det(p) > 0.99).all()
+
+
+@pytest.mark.parametrize(
+    ("manifold", "shape", "keys", "norms"),
+    [
+        (Sphere(), (7,), {}, lambda x: x.norm()),
+        (Sphere("exp"), (4, 6), {}, lambda x: x.norm()),
+        (Sphere(), (2, 5, 3), {"view": "batch"}, lambda x: x.norm(dim=(1, 2))),
+        (Sphere(transport="projection"), (3, 2, 2), {"view": "matrix"}, lambda x: x.norm()),
+        (Oblique(), (6, 4), {}, lambda x: x.norm(dim=0)),
+        (Oblique(), (4, 6), {}, lambda x: x.norm(dim=1)),
+        (Oblique(transport="projection"), (6, 4), {"orientation": "rows"}, lambda x: x.norm(dim=1)),
+        (Oblique("qr"), (4, 6), {"orientation": "columns"}, lambda x: x.norm(dim=0)),
+        (Oblique(), (6, 4), {"direction": "spectral"}, lambda x: x.norm(dim=0)),
+    ],
+)
+def test_unit_vectors(manifold: Any, shape: tuple[int, ...], keys: dict[str, Any], norms: Any) -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    direction = {k: v for k, v in keys.items() if k == "direction"}
+    constrain(module, "w", manifold, **{k: v for k, v in keys.items() if k not in direction})
+    a = torch.randn(shape, dtype=torch.float64)
+    (group,) = param_groups(module)
+    optimizer = RiemannianWrapper(torch.optim.SGD([{**group, **direction}], lr=0.02, momentum=0.5))
+    first, last = fit(optimizer, module.w, lambda x: (x - a).square().sum())
+    assert last < first
+    assert (norms(module.w) - 1).abs().max() < 1e-13
+    assert optimizer.residuals()[(0, 0)] < 1e-13
+    # From constraint to optimum, which is the nearest point.
+    if not direction and "view" not in keys and isinstance(manifold, Sphere):
+        torch.testing.assert_close(module.w.detach(), a / a.norm(), atol=1e-4, rtol=0)
+
+
+def test_groups_hold_plain_specs_that_survive() -> None:
+    for kind in KINDS:
+        m = kind("qr", "projection")
+        shape = kind.fits((4, 2))
+        p = nn.Parameter(m.random_point(*shape))
+        optimizer = RiemannianWrapper(torch.optim.AdamW([p]), m)
+        saved = optimizer.state_dict()["param_groups"][0]["manifold"]
+        assert saved == {"manifold": kind.__name__, "retraction": "qr", "transport": "projection"}
+        assert manifolds.from_spec(saved) == m
+
+
+def test_heights_share_a_bucket_and_half_precision_has_masters() -> None:
+    for kind in KINDS:
+        m = kind()
+        for dtype in (torch.float64, torch.bfloat16):
+            ps = [nn.Parameter(m.random_point(*kind.fits((n, 4)), dtype=dtype)) for n in (6, 5, 6)]
+            optimizer = RiemannianWrapper(torch.optim.AdamW(ps, lr=1e-2), m)
+            xs = [p.detach().clone() for p in ps]
+            for _ in range(20):
+                for p in ps:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+            assert not any(torch.equal(p, x) for p, x in zip(ps, xs, strict=True)) or m.dim(*ps[0].shape) == 0
+            assert max(optimizer.residuals().values()) < 8 * torch.finfo(dtype).eps
+
+
+# Refusals
+
+
+def test_what_is_no_point_is_refused() -> None:
+    reflection = torch.diag(torch.tensor([1.0, 1.0, -1.0]))
+    for m, x, error, message in (
+        (SpecialOrthogonal(), reflection, NotOnManifoldError, "determinant -1"),
+        (SpecialOrthogonal(), torch.eye(4, 2), ShapeError, "not square"),
+        (Sphere(), torch.ones(3, 1), NotOnManifoldError, "norm"),
+        (Oblique(), torch.ones(3, 2), NotOnManifoldError, "norm"),
+        (Grassmann(), 2 * torch.eye(4, 2), NotOnManifoldError, "project_point"),
+        (Grassmann(), torch.eye(2, 4), ShapeError, "transpose"),
+        (Oblique(), torch.eye(2).long(), ShapeError, "float"),
+    ):
+        with pytest.raises(error, match=message):
+            m.check(x)
+        with pytest.raises((error, ShapeError)):
+            RiemannianWrapper(
+                torch.optim.SGD([{"params": [x], "manifold": m, "orientation": "columns"}], lr=0.1)
+            )
+    with pytest.raises(ShapeError, match="vector"):
+        RiemannianWrapper(torch.optim.SGD([torch.eye(3)[0]], lr=0.1), Oblique())
+
+
+def test_options() -> None:
+    for kind in KINDS:
+        with pytest.raises(UnknownNameError, match="pollar"):
+            kind("pollar")
+        with pytest.raises(ConfigError, match="transport"):
+            kind(transport="parallel")
+        with pytest.raises(ConfigError, match="registered name"):
+            kind(3)
+        plain = kind(lambda x, u: torch.linalg.qr(x + u)[0])
+        with pytest.raises(ConfigError, match="register"):
+            plain.spec()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    for kind in KINDS:
+        m = kind()
+        p = nn.Parameter(m.random_point(*kind.fits((5, 3))))
+        x = p.detach().clone()
+        p.grad = torch.full_like(p, math.nan)
+        with pytest.raises(StepError):
+            RiemannianWrapper(torch.optim.SGD([p], lr=0.1), m).step()
+        assert torch.equal(p.detach(), x)
+
+
+def test_a_broken_manifold_is_caught() -> None:
+    """One whose tangent vectors are said to be horizontal and are not."""
+
+    class Lax(Grassmann):
+        @property
+        def _tangent(self) -> Any:
+            return Stiefel()._tangent
+
+    with pytest.raises(AssertionError, match="law_"):
+        check_manifold(Lax(), shapes=[(5, 2)], dtypes=[torch.float64], scales=[1.0])  # type: ignore[arg-type]
+
+
+def test_cases_of_the_laws_are_the_manifolds_own() -> None:
+    for kind in KINDS:
+        c = case(kind(), (5, 3))
+        assert isinstance(c, Case)
+        kind().check(c.point())
