@@ -95,6 +95,13 @@ def riemannian_adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch
     return RiemannianWrapper(torch.optim.AdamW(groups))
 
 
+def fixed_rank_adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+    """PEFT's own LoRA modules, their pairs (A, B) on the fixed-rank manifold."""
+    groups = stiefelopt.param_groups(encoder, lr=rates.adapter, weight_decay=0.0, lora="fixed-rank")
+    groups += stiefelopt.param_groups(head, lr=rates.head, weight_decay=0.0)
+    return RiemannianWrapper(torch.optim.AdamW(groups))
+
+
 def riemannion(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
     groups = stiefelopt.param_groups(encoder, lr=rates.adapter)
     return Riemannion(groups + stiefelopt.param_groups(head, lr=rates.head, weight_decay=0.0))
@@ -111,6 +118,7 @@ def locally_optimal(encoder: nn.Module, losses: Losses) -> None:
 # best of 2e-4, 5e-4, 1e-3, 2e-3, 5e-3 on one seed (results/convergence_*.json).
 METHODS: dict[str, Method] = {
     "lora": Method(lora(), adamw, learning_rate=1e-3),
+    "lora-fixed-rank": Method(lora(), fixed_rank_adamw, learning_rate=1e-3),
     "dora": Method(lora(use_dora=True), adamw, learning_rate=1e-3),
     "pissa": Method(lora(init_lora_weights="pissa"), adamw, learning_rate=1e-3),
     "olora": Method(lora(init_lora_weights="olora"), adamw, learning_rate=1e-3),

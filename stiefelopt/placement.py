@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, NotOnManifoldError, ShapeError
-from .manifolds import USV, Manifold, from_spec
+from .manifolds import Manifold, from_spec
 from .shapes import check_matrix
 
 KEYS = (
@@ -57,6 +57,11 @@ class Placement:
         rows, columns = self.matrix_shape(shape)[-2:]
         return self.orientation == "rows" or (self.orientation == "auto" and rows < columns)
 
+    def of_part(self, index: int) -> Placement:
+        """The same for one of the parameters of a point: which way it lies is the manifold's choice."""
+        lies = self.manifold.lies
+        return replace(self, orientation=lies[index]) if lies else self
+
     def as_tall(self, t: Tensor) -> Tensor:
         """The points (*b, n, p) in a parameter-shaped tensor; a view of a contiguous one."""
         t = t.reshape(self.matrix_shape(t.shape))
@@ -87,7 +92,7 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
         _one_of("direction", given.get("direction", "plain"), DIRECTIONS),
         _decay(given.get("manifold_decay", 0.0)),
     )
-    return _of_fixed_rank(placement) if placement.manifold.parts > 1 else _of_stiefel(placement, given)
+    return _of_several(placement) if placement.manifold.parts > 1 else _of_stiefel(placement, given)
 
 
 def _of_stiefel(placement: Placement, given: Mapping[str, Any]) -> Placement:
@@ -102,16 +107,22 @@ def _of_stiefel(placement: Placement, given: Mapping[str, Any]) -> Placement:
     return placement
 
 
-def _of_fixed_rank(placement: Placement) -> Placement:
-    """U, S and V lie as they are: (*b, m, r), (*b, r, r), (*b, n, r)."""
+def _of_several(placement: Placement) -> Placement:
+    """The parameters of a point lie as their manifold says."""
+    name, layout = type(placement.manifold).__name__, placement.manifold.layout
     if placement.orientation == "rows" or placement.view == "matrix":
         raise ConfigError(
-            "the factors U, S, V of a FixedRank group are tall, (*b, m, r), (*b, r, r), (*b, n, r): leave out "
-            "orientation='rows' and view='matrix', and store a wide factor transposed."
+            f"the parameters of a {name} group are {layout}: leave out orientation='rows' and view='matrix', and "
+            f"store a factor that lies otherwise transposed."
         )
     if placement.displacement_scale == "stella":
         raise ConfigError(
-            "displacement_scale='stella' is for Stiefel groups; in a FixedRank group use a number, or leave it out."
+            f"displacement_scale='stella' is for Stiefel groups; in a {name} group use a number, or leave it out."
+        )
+    if placement.gradient not in placement.manifold.gradients:
+        raise ConfigError(
+            f"gradient={placement.gradient!r} in a {name} group; only {placement.manifold.gradients[0]!r} arrives "
+            f"there, by ordinary autograd: leave it out."
         )
     return replace(placement, orientation="columns")
 
@@ -153,14 +164,14 @@ def check_point(label: object, params: Sequence[Tensor], placement: Placement) -
 
     Args:
         label: of the first.
-        params: one for Stiefel, U, S, V for FixedRank.
+        params: one for Stiefel, U, S, V for FixedRank, A, B for FixedRankPair.
         placement: of their group.
 
     Raises:
         ShapeError, ConfigError: as `check_parameter_shape`. NotOnManifoldError: not orthonormal, S singular.
     """
-    for p in params:
-        check_parameter_shape(label, p, placement)
+    for i, p in enumerate(params):
+        check_parameter_shape(label, p, placement.of_part(i))
     try:
         placement.manifold.check(point_of(params, placement))  # type: ignore[attr-defined]
     except NotOnManifoldError as error:
@@ -169,10 +180,11 @@ def check_point(label: object, params: Sequence[Tensor], placement: Placement) -
         raise ShapeError(f"{name_of(label)}: {error}") from None
 
 
-def point_of(params: Sequence[Tensor], placement: Placement) -> Tensor | USV:
-    """The point that the parameters are."""
-    tall = [placement.as_tall(p.detach()) for p in params]
-    return tall[0] if len(tall) == 1 else USV(*tall)
+def point_of(params: Sequence[Tensor], placement: Placement) -> Any:
+    """The point that the parameters are: a matrix, or the manifold's tuple of several."""
+    if placement.manifold.parts > 1:
+        return placement.manifold.point_type(*(p.detach() for p in params))
+    return placement.as_tall(params[0].detach())
 
 
 def name_of(label: object) -> str:
@@ -206,8 +218,8 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
     long_side = columns if placement.is_rows(p.shape) else rows
     if long_side < max(rows, columns) and placement.manifold.parts > 1:
         raise ShapeError(
-            f"{name} is {rows} x {columns}, and the factors U, S, V of a fixed-rank point are tall, (*b, m, r), "
-            f"(*b, r, r), (*b, n, r): store it transposed, or use a smaller rank."
+            f"{name} is {rows} x {columns}, and a {type(placement.manifold).__name__} group lists {placement.manifold.layout} "
+            f"with r <= m, n: use this order, store it transposed, or use a smaller rank."
         )
     if long_side < max(rows, columns):
         raise ShapeError(

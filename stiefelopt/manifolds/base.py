@@ -37,9 +37,17 @@ class Manifold:
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
+        layout: where several do, their names and shapes in the order of the group, for errors.
+        lies: and which way each of them lies, "columns" or "rows".
+        point_type: and the tuple that they are a point as.
+        gradients: what gradients may arrive, the first by default; see the group key "gradient".
     """
 
     parts: ClassVar[int] = 1
+    layout: ClassVar[str] = ""
+    lies: ClassVar[tuple[str, ...]] = ()
+    point_type: ClassVar[Any]
+    gradients: ClassVar[tuple[str, ...]] = ("factors",)
 
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""
