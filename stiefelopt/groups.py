@@ -68,8 +68,8 @@ def constrain(
         raise ConfigError(
             f"a point of {type(manifold).__name__} is made of {_COUNT[manifold.parts]} parameters "
             f"{', '.join(manifold.point_type._fields)}, and constrain takes one: adapt a linear layer with "
-            f"RiemannLoRALinear, pass lora='fixed-rank' to param_groups for PEFT's LoRA, or list {manifold.layout} in a "
-            f"group by hand."
+            f"RiemannLoRALinear, pass lora='fixed-rank' to param_groups for PEFT's LoRA, or list the "
+            f"{manifold.layout} in a group by hand."
         )
     keys = {"orientation": orientation, "view": view}
     keys = {key: value for key, value in keys.items() if value is not None}

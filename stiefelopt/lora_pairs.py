@@ -37,7 +37,9 @@ def lora_pairs(model: nn.Module, *, trainable_only: bool = True) -> list[LoraPai
     Raises:
         ConfigError: none is there; a pair is frozen in half or shared; a layer computes anything but x -> B A x.
     """
-    pairs = [pair for name, module in model.named_modules() for pair in _of_layer(name, module, trainable_only)]
+    pairs = [
+        pair for name, module in model.named_modules() for pair in _of_layer(name, module, trainable_only)
+    ]
     if not pairs:
         raise ConfigError(
             f"lora='fixed-rank' finds no {'trainable ' * trainable_only}LoRA pair in {type(model).__name__}: pass the "
@@ -89,7 +91,11 @@ def _of_layer(name: str, module: nn.Module, trainable_only: bool) -> Iterator[Lo
 
 def _parameters(owner: object) -> list[Tensor]:
     """The parameters of whatever lora_A may be: a module, or a parameter itself."""
-    return list(owner.parameters()) if isinstance(owner, nn.Module) else [p for p in [owner] if isinstance(p, Tensor)]
+    return (
+        list(owner.parameters())
+        if isinstance(owner, nn.Module)
+        else [p for p in [owner] if isinstance(p, Tensor)]
+    )
 
 
 def _not_plain(module: nn.Module, adapter: str, a: nn.Module, b: nn.Module) -> str | None:
@@ -106,7 +112,9 @@ def _not_plain(module: nn.Module, adapter: str, a: nn.Module, b: nn.Module) -> s
         return "has a bias inside lora_A, which B multiplies too"
     rank = _said(module, "r", adapter)
     if a.weight.shape[0] != b.weight.shape[1] or rank not in (None, a.weight.shape[0]):
-        return f"has factors {tuple(a.weight.shape)} and {tuple(b.weight.shape)}, of which B A is not the update"
+        return (
+            f"has factors {tuple(a.weight.shape)} and {tuple(b.weight.shape)}, of which B A is not the update"
+        )
     return None
 
 

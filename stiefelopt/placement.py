@@ -217,9 +217,10 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
     rows, columns = placement.matrix_shape(p.shape)[-2:]
     long_side = columns if placement.is_rows(p.shape) else rows
     if long_side < max(rows, columns) and placement.manifold.parts > 1:
+        manifold = placement.manifold
         raise ShapeError(
-            f"{name} is {rows} x {columns}, and a {type(placement.manifold).__name__} group lists {placement.manifold.layout} "
-            f"with r <= m, n: use this order, store it transposed, or use a smaller rank."
+            f"{name} is {rows} x {columns}, and a {type(manifold).__name__} group lists {manifold.layout} with "
+            f"r <= m, n: use this order, store it transposed, or use a smaller rank."
         )
     if long_side < max(rows, columns):
         raise ShapeError(

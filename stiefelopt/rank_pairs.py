@@ -14,7 +14,6 @@ Grams and small algebra are in float64: the Gram of a factor has the square of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -216,7 +215,7 @@ def _gauge(f: Frame, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spectral(f: Frame, d: Pairs, overlap: Overlap, rate: Tensor) -> Pairs:
-    """The tangent part of the orthogonal factor of X V^T + U Y^T, times the rates (B,); see `rank_retractions.spectral`."""
+    """Rates (B,) times the tangent part of the orthogonal factor of xi; see `rank_retractions.spectral`."""
     w, m, hy, hx = _parts(f, overlap)
     middle, a, b = rank_retractions.spectral(m, hx, hy, torch.finfo(d.ls[0].dtype).eps)
     middle, a, b = (rate[:, None, None] * t for t in (middle, a, b))

@@ -212,7 +212,9 @@ class FixedRankPair(Manifold):
 
     def exp(self, x: AB, u: AB) -> AB:
         """Refused: no closed geodesic of this metric is known; the retraction agrees with it to second order."""
-        raise ConfigError("no closed geodesic is known on FixedRankPair; use retract, which is of second order.")
+        raise ConfigError(
+            "no closed geodesic is known on FixedRankPair; use retract, which is of second order."
+        )
 
     @without_autocast
     def transport_vector(self, x: AB, u: AB, y: AB, v: AB) -> AB:
@@ -230,7 +232,9 @@ class FixedRankPair(Manifold):
         shown = [torch.linalg.vector_norm(t, dim=-2, keepdim=True) for t in (*xs, *gs)]
         _write(gradient(Frame(_pairs(xs), reduce), _pairs(gs)), gs)
         half = len(xs)
-        pieces = [torch.cat((*shown[i : i + 2], *shown[half + i : half + i + 2]), -1) for i in range(0, half, 2)]
+        pieces = [
+            torch.cat((*shown[i : i + 2], *shown[half + i : half + i + 2]), -1) for i in range(0, half, 2)
+        ]
         return torch.cat(pieces)
 
     def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
