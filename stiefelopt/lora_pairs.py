@@ -74,11 +74,10 @@ def _of_layer(name: str, module: nn.Module, trainable_only: bool) -> Iterator[Lo
         reason = _not_plain(module, adapter, a[adapter], b[adapter])
         if reason:
             raise ConfigError(_refusal(name, module, adapter, reason))
+        half_a, half_b = (m[adapter].get_parameter("weight") for m in (a, b))
+        prefix = f"{name}." if name else ""
         pair = LoraPair(
-            f"{name}.lora_A.{adapter}.weight".lstrip("."),
-            a[adapter].weight,
-            f"{name}.lora_B.{adapter}.weight".lstrip("."),
-            b[adapter].weight,
+            f"{prefix}lora_A.{adapter}.weight", half_a, f"{prefix}lora_B.{adapter}.weight", half_b
         )
         if trainable_only and pair.a.requires_grad != pair.b.requires_grad:
             frozen = pair.b_name if pair.a.requires_grad else pair.a_name
@@ -108,13 +107,11 @@ def _not_plain(module: nn.Module, adapter: str, a: nn.Module, b: nn.Module) -> s
     for factor in (a, b):
         if not isinstance(factor, nn.Linear):
             return f"adapts with {type(factor).__name__} factors, not nn.Linear"
-    if a.bias is not None:
+    if getattr(a, "bias", None) is not None:
         return "has a bias inside lora_A, which B multiplies too"
-    rank = _said(module, "r", adapter)
-    if a.weight.shape[0] != b.weight.shape[1] or rank not in (None, a.weight.shape[0]):
-        return (
-            f"has factors {tuple(a.weight.shape)} and {tuple(b.weight.shape)}, of which B A is not the update"
-        )
+    shapes = [tuple(factor.get_parameter("weight").shape) for factor in (a, b)]
+    if not shapes[0][0] == shapes[1][1] == (_said(module, "r", adapter) or shapes[0][0]):
+        return f"has factors {shapes[0]} and {shapes[1]}, of which B A is not the update"
     return None
 
 
