@@ -64,12 +64,12 @@ def _of_layer(name: str, module: nn.Module, trainable_only: bool) -> Iterator[Lo
                 raise ConfigError(_refusal(name, module, adapter, f"adapts {what}"))
     a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
     if not (isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict)):
-        if a is not None and (not trainable_only or any(p.requires_grad for p in _parameters(a))):
+        found = [p for n, p in module.named_parameters() if n.startswith("lora_A")]
+        if any(p.requires_grad or not trainable_only for p in found):
             raise ConfigError(_refusal(name, module, "", f"keeps lora_A as a {type(a).__name__}"))
         return
     for adapter in a:
-        factors = [*a[adapter].parameters(), *b[adapter].parameters()]
-        if trainable_only and not any(p.requires_grad for p in factors):
+        if trainable_only and not any(m[adapter].weight.requires_grad for m in (a, b)):
             continue
         reason = _not_plain(module, adapter, a[adapter], b[adapter])
         if reason:
@@ -86,15 +86,6 @@ def _of_layer(name: str, module: nn.Module, trainable_only: bool) -> Iterator[Lo
                 f"requires_grad of both, or of none."
             )
         yield pair
-
-
-def _parameters(owner: object) -> list[Tensor]:
-    """The parameters of whatever lora_A may be: a module, or a parameter itself."""
-    return (
-        list(owner.parameters())
-        if isinstance(owner, nn.Module)
-        else [p for p in [owner] if isinstance(p, Tensor)]
-    )
 
 
 def _not_plain(module: nn.Module, adapter: str, a: nn.Module, b: nn.Module) -> str | None:

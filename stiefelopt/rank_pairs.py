@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from . import rank_retractions
+from .errors import StepError
 from .gram import Reduce, Tall, combine, gram, identity_like, products
-from .matfun import Eigen, inverse_symmetric_root, symmetric_root
+from .matfun import Eigen, host_can_look, inverse_symmetric_root, symmetric_root
 
 # A singular value counts from this part of the largest on; of a Gram, the square of it.
 RANK_EPS = torch.finfo(torch.float32).eps
@@ -188,7 +189,13 @@ def retract(f: Frame, d: Pairs, overlap: Overlap | None = None, reduce: Reduce |
 
 
 def _parts(f: Frame, overlap: Overlap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """V^T Y, U^T X, and the Grams of Y - V V^T Y and X - U U^T X."""
+    """V^T Y, U^T X, and the Grams of Y - V V^T Y and X - U U^T X.
+
+    Raises:
+        StepError: the displacement is not finite.
+    """
+    if host_can_look(overlap.yy) and not all(bool(torch.isfinite(t).all()) for t in (overlap.yy, overlap.xx)):
+        raise StepError(rank_retractions.NOT_FINITE)
     w, m = f.a.inverse @ overlap.ry, f.b.inverse @ overlap.lx @ f.a.range
     hy = f.b.range @ (overlap.yy - w.mT @ w) @ f.b.range
     return w, m, hy, f.a.range @ overlap.xx @ f.a.range - m.mT @ m

@@ -22,7 +22,7 @@ FLOORS = (
     ("manifolds",),
     ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
     ("lora_pairs", "groups", "wrapper", "optim", "layers"),
-    ("laws", "rank_laws", "testing", "integrations"),
+    ("laws", "rank_laws", "pair_laws", "testing", "integrations"),
 )
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 # What anybody may import but nobody inside does.

@@ -13,6 +13,7 @@ import numpy as np
 import pymanopt
 import pytest
 import torch
+from hypothesis import example, given, settings
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -25,10 +26,15 @@ from stiefelopt import (
     StepError,
     attach,
     constrain,
+    pair_laws,
     param_groups,
+    rank_laws,
 )
 from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError
-from stiefelopt.rank_laws import RankCase
+from stiefelopt.laws import Law
+from stiefelopt.pair_laws import PAIR_LAWS, PairCase
+from stiefelopt.rank_laws import RankCase, rank_cases
+from stiefelopt.testing import check_manifold
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -134,6 +140,92 @@ def test_project_point_is_the_balanced_truncated_svd() -> None:
     assert m.dim(9, 7, rank=3) == FixedRank().dim(9, 7, rank=3)
     m.check(x)
     assert torch.equal(m.residual(x), torch.zeros(2, dtype=torch.float64))
+
+
+# The laws
+
+CORNERS = (
+    PairCase((1, 1, 1), torch.float32, 1e-2),
+    PairCase((5, 4, 1), torch.float64, 1e2),
+    PairCase((4, 4, 4), torch.float32, 1e2),
+    PairCase((3, 7, 3), torch.float32, 1e-6),
+    PairCase((2, 0, 5, 4, 2), torch.float32, 1.0),
+)
+
+
+@pytest.mark.parametrize("law", PAIR_LAWS, ids=lambda law: law.__name__)
+def test_laws_hold(law: Law) -> None:
+    @given(case=rank_cases())
+    @settings(max_examples=max(1, settings().max_examples // 6))
+    def check(case: RankCase) -> None:
+        law(FixedRankPair(), PairCase(case.shape, case.dtype, case.scale, case.seed))
+
+    for corner in CORNERS:
+        check = example(case=corner)(check)
+    check()
+
+
+def broken(**methods: Callable[..., Any]) -> FixedRankPair:
+    return type("Broken", (FixedRankPair,), methods)()
+
+
+def balanced(self: FixedRankPair, x: AB, u: AB) -> AB:
+    """The right matrix in the balanced pair, which drops the rows of A that B does not use yet."""
+    w = x.B.double() @ x.A.double() + FixedRankPair().embed(x, u).double()
+    a, s, bh = torch.linalg.svd(w)
+    r = x.A.shape[-2]
+    root = s[..., :r].sqrt()
+    return AB((root[..., None] * bh[..., :r, :]).to(x.A), (a[..., :r] * root[..., None, :]).to(x.B))
+
+
+BROKEN: dict[str, tuple[Law, FixedRankPair, str]] = {
+    "a residual": (
+        pair_laws.law_pair_membership,
+        broken(residual=lambda self, x: x.A.abs().amax((-2, -1))),
+        "every point has residual 0",
+    ),
+    "NaN accepted": (pair_laws.law_pair_membership, broken(check=lambda self, x: None), "accepted NaN"),
+    "LoRA's own gradient": (
+        pair_laws.law_pair_split,
+        broken(gradient=lambda self, x, g: FixedRankPair().project_tangent(x, g)),
+        "the same gradient",
+    ),
+    "its balanced pair": (pair_laws.law_pair_split, broken(retract=balanced), "A A\\^T is kept"),
+    "lost rows": (pair_laws.law_pair_singular, broken(retract=balanced), "A A\\^T is kept \\(B = 0\\)"),
+    "an inverse of B": (
+        pair_laws.law_pair_singular,
+        broken(project_dense=lambda self, x, z: AB(torch.linalg.pinv(x.B) @ z, z @ torch.linalg.pinv(x.A))),
+        "the projection",
+    ),
+    "half the gradient": (
+        rank_laws.law_rank_gradient,
+        broken(gradient=lambda self, x, g: AB(*(t / 2 for t in FixedRankPair().gradient(x, g)))),
+        "inner",
+    ),
+    "sums of factors": (
+        rank_laws.law_rank_order,
+        broken(
+            retract=lambda self, x, u: AB(
+                x.A + torch.linalg.pinv(x.B) @ FixedRankPair().embed(x, AB(u.A, torch.zeros_like(u.B))),
+                x.B + FixedRankPair().embed(x, AB(torch.zeros_like(u.A), u.B)) @ torch.linalg.pinv(x.A),
+            )
+        ),
+        "order",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_laws_refuse_what_is_broken(name: str) -> None:
+    law, manifold, claim = BROKEN[name]
+    case = PairCase((7, 5, 3), scale=1e-2)
+    law(FixedRankPair(), case)
+    with pytest.raises(AssertionError, match=f"(?s){law.__name__}.*{claim}"):
+        law(manifold, case)
+
+
+def test_check_manifold_runs_them() -> None:
+    check_manifold(FixedRankPair(), shapes=[(5, 4, 2)], dtypes=[torch.float64], scales=[1e-2])
 
 
 # The step
