@@ -115,7 +115,7 @@ def locally_optimal(encoder: nn.Module, losses: Losses) -> None:
 # default job, averaged over two seeds that no reported run uses (results/finetune_sweep.json):
 #     lora    0.4605  0.4471  0.4545  0.6932  0.6933  0.6934      stella  0.4640  0.4459  0.4496  0.4656  0.6876  0.6931
 # LoRA's relatives take its rate, StelLA's initializations take StelLA's. riemannlora's and riemannion's are the
-# best of 2e-4, 5e-4, 1e-3, 2e-3, 5e-3 on one seed (results/convergence_*.json).
+# best of 2e-4, 5e-4, 1e-3, 2e-3, 5e-3 on one seed (results/convergence_*.json). lora-fixed-rank's is LoRA's, not tuned.
 METHODS: dict[str, Method] = {
     "lora": Method(lora(), adamw, learning_rate=1e-3),
     "lora-fixed-rank": Method(lora(), fixed_rank_adamw, learning_rate=1e-3),
