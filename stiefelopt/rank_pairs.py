@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import rank_retractions
+from .core_svd import truncated
 from .errors import StepError
 from .gram import Reduce, Tall, combine, gram, identity_like, products
 from .matfun import Eigen, host_can_look, inverse_symmetric_root, symmetric_root
@@ -161,7 +162,7 @@ def _damping(noise: Tensor, xs: Tall, reduce: Reduce | None) -> Tensor:
 def retract(f: Frame, d: Pairs, overlap: Overlap | None = None, reduce: Reduce | None = None) -> Pairs:
     r"""The matrix of rank r nearest to W + X V^T + U Y^T, as the pair in which A A^T is what it was.
 
-    The right singular vectors V+ = V av + Y bv come from the 2r x 2r core of `rank_retractions.svd`, turned so that
+    The right singular vectors V+ = V av + Y bv come from the 2r x 2r core of `core_svd`, turned so that
     V^T V+ is symmetric and positive; A+ = h V+^T with h = (A A^T)^(1/2), and B+ = (W + xi) V+ h^-1. So A rotates as
     little as it can and B takes up all else; as increments of A and B, which no condition number rounds. Where
     W + xi has lower rank, rows of A whose part of B is zero stay. Where A is singular, h is raised to the mean scale of
@@ -173,14 +174,16 @@ def retract(f: Frame, d: Pairs, overlap: Overlap | None = None, reduce: Reduce |
         overlap: `overlap_of` the points and d where it is at hand.
         reduce: sums a batch over ranks.
 
-    Cost: six Grams and four products of 2 n r^2 flops; r x r algebra in float64, one SVD of 2r x 2r.
+    Cost: six Grams and four products of 2 n r^2 flops; r x r algebra in float64: `core_svd.truncated`, two
+        eigendecompositions and an SVD.
     """
     w, m, hy, hx = _parts(f, overlap_of(f.x, d, reduce) if overlap is None else overlap)
-    found = rank_retractions.svd.coefficients(f.b.root @ f.a.root + m, hx, hy)
-    av, bv = _complete(found.av, found.bv, found.s.diagonal(dim1=-2, dim2=-1))
+    found = truncated(f.b.root @ f.a.root + m, hx, hy)
+    _, values, vh = torch.linalg.svd(found.s)
+    av, bv = _complete(found.av @ vh.mT, found.bv @ vh.mT, values)
     q = rank_retractions.turns(f.a.range @ av)
     av, bv = av @ q, bv @ q
-    h, inverse = _gauge(f, found.s @ q)
+    h, inverse = _gauge(f, values[..., None] * q)
     eye = identity_like(av)
     rs = plus(f.x.rs, f.x.rs, f.a.inverse @ (av - w @ bv) @ h - eye)
     rs = plus(rs, d.rs, bv @ h, out=rs)

@@ -18,7 +18,15 @@ ROOT = Path(stiefelopt.__file__).parent
 FLOORS = (
     ("errors",),
     ("registry", "shapes", "gram", "matfun", "core_svd", "distributed"),
-    ("metrics", "projections", "retractions", "rank_retractions", "rank_pairs", "rank_transports", "transports"),
+    (
+        "metrics",
+        "projections",
+        "retractions",
+        "rank_retractions",
+        "rank_pairs",
+        "rank_transports",
+        "transports",
+    ),
     ("manifolds",),
     ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
     ("lora_pairs", "groups", "wrapper", "optim", "layers"),
