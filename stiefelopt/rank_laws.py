@@ -159,21 +159,21 @@ def _zero(x: P) -> P:
 
 
 @functools.singledispatch
-def matrix_of(x: USV) -> Tensor:
+def matrix_of(x: Any) -> Tensor:
     """W, in float64."""
     u, s, v = cast(x, torch.float64)
     return u @ s @ v.mT
 
 
 @functools.singledispatch
-def tangent_matrix(x: USV, u: USV) -> Tensor:
+def tangent_matrix(x: Any, u: Any) -> Tensor:
     """U M V^T + Up V^T + U Vp^T."""
     x, u = cast(x, torch.float64), cast(u, torch.float64)
     return (x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT
 
 
 @functools.singledispatch
-def tangent_part(x: USV, z: Tensor) -> Tensor:
+def tangent_part(x: Any, z: Tensor) -> Tensor:
     """The part of a dense z that is tangent at x."""
     u, _, v = cast(x, torch.float64)
     left = z - u @ (u.mT @ z)
@@ -181,20 +181,20 @@ def tangent_part(x: USV, z: Tensor) -> Tensor:
 
 
 @functools.singledispatch
-def constraint_error(x: USV) -> Tensor:
+def constraint_error(x: Any) -> Tensor:
     """U^T U - I and V^T V - I, side by side."""
     grams = [t.double().mT @ t.double() for t in (x.U, x.V)]
     return torch.cat([g - torch.eye(g.shape[-1], dtype=g.dtype) for g in grams], -1)
 
 
 @functools.singledispatch
-def normal_part(x: USV, u: USV) -> Tensor:
+def normal_part(x: Any, u: Any) -> Tensor:
     """U^T Up and V^T Vp, which vanish for a tangent u."""
     return torch.cat((x.U.double().mT @ u.U.double(), x.V.double().mT @ u.V.double()), -1)
 
 
 @functools.singledispatch
-def factor_gradients(x: USV, z: Tensor) -> USV:
+def factor_gradients(x: Any, z: Tensor) -> Any:
     """Ordinary gradients of the factors, of a function of W whose gradient is z."""
     u, s, v = x
     return USV(z @ v @ s.mT, u.mT @ z @ v, z.mT @ u @ s)
