@@ -349,7 +349,7 @@ def test_one_step_of_sgd_is_the_dense_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transport", ["projection", "none"])
 def test_adamw_descends(dtype: torch.dtype, transport: str) -> None:
-    problem = LeastSquares(dtype)
+    problem = LeastSquares(dtype, SHAPES[2:4])
     start = problem.loss()
     wrapper = RiemannianWrapper(AdamW(problem.groups(FixedRankPair(transport)), lr=0.05, weight_decay=0))
     run(problem, wrapper, 60)
@@ -476,7 +476,7 @@ def zero_start(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]] = SHAP
 @pytest.mark.parametrize("inner", [lambda g: SGD(g, lr=0.2), lambda g: AdamW(g, lr=0.05, weight_decay=0)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_training_starts_from_b_equal_to_zero(dtype: torch.dtype, inner: Callable[[Any], Optimizer]) -> None:
-    problem = zero_start(dtype)
+    problem = zero_start(dtype, SHAPES[2:4])
     start, before = problem.loss(), problem.values()
     wrapper = RiemannianWrapper(inner(problem.groups()))
     run(problem, wrapper, 1)
@@ -484,8 +484,7 @@ def test_training_starts_from_b_equal_to_zero(dtype: torch.dtype, inner: Callabl
         torch.testing.assert_close(a.detach(), before[2 * k], rtol=0, atol=20 * torch.finfo(dtype).eps)
         assert b.abs().max() > 0
     run(problem, wrapper, 1)
-    # Square A of full rank spans all rows, and has nowhere to turn to.
-    assert all((a - x).abs().max() > 1e-3 for (a, _), x in zip(problem.pairs[:-1], before[::2], strict=False))
+    assert all((a - x).abs().max() > 1e-3 for (a, _), x in zip(problem.pairs, before[::2], strict=False))
     run(problem, wrapper, 80)
     assert problem.loss() < 0.05 * start
     assert all(bool(torch.isfinite(p).all()) for p in problem.params)
@@ -506,7 +505,7 @@ def test_gradients_of_rank_one_do_not_lock_the_rows_of_a() -> None:
     (a, b), target = problem.pairs[0], problem.targets[0].float()
     wrapper = RiemannianWrapper(SGD(problem.groups()[:1], lr=0.9))
     draw = torch.Generator().manual_seed(0)
-    for _ in range(400):
+    for _ in range(300):
         x = torch.randn(9, generator=draw)
         x = x / x.norm()
         g = torch.outer((b.detach() @ a.detach() - target) @ x, x)
