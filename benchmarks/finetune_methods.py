@@ -95,6 +95,13 @@ def riemannian_adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch
     return RiemannianWrapper(torch.optim.AdamW(groups))
 
 
+def fixed_rank_adamw(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+    """PEFT's own LoRA modules, their pairs (A, B) on the fixed-rank manifold."""
+    groups = stiefelopt.param_groups(encoder, lr=rates.adapter, weight_decay=0.0, lora="fixed-rank")
+    groups += stiefelopt.param_groups(head, lr=rates.head, weight_decay=0.0)
+    return RiemannianWrapper(torch.optim.AdamW(groups))
+
+
 def riemannion(encoder: nn.Module, head: nn.Module, rates: Rates) -> torch.optim.Optimizer:
     groups = stiefelopt.param_groups(encoder, lr=rates.adapter)
     return Riemannion(groups + stiefelopt.param_groups(head, lr=rates.head, weight_decay=0.0))
@@ -108,9 +115,10 @@ def locally_optimal(encoder: nn.Module, losses: Losses) -> None:
 # default job, averaged over two seeds that no reported run uses (results/finetune_sweep.json):
 #     lora    0.4605  0.4471  0.4545  0.6932  0.6933  0.6934      stella  0.4640  0.4459  0.4496  0.4656  0.6876  0.6931
 # LoRA's relatives take its rate, StelLA's initializations take StelLA's. riemannlora's and riemannion's are the
-# best of 2e-4, 5e-4, 1e-3, 2e-3, 5e-3 on one seed (results/convergence_*.json).
+# best of 2e-4, 5e-4, 1e-3, 2e-3, 5e-3 on one seed (results/convergence_*.json). lora-fixed-rank's is LoRA's, not tuned.
 METHODS: dict[str, Method] = {
     "lora": Method(lora(), adamw, learning_rate=1e-3),
+    "lora-fixed-rank": Method(lora(), fixed_rank_adamw, learning_rate=1e-3),
     "dora": Method(lora(use_dora=True), adamw, learning_rate=1e-3),
     "pissa": Method(lora(init_lora_weights="pissa"), adamw, learning_rate=1e-3),
     "olora": Method(lora(init_lora_weights="olora"), adamw, learning_rate=1e-3),

@@ -24,17 +24,29 @@ from .layers import (
     loi_init,
     merge_adapters,
 )
-from .manifolds import USV, FixedRank, Grassmann, Oblique, SpecialOrthogonal, Sphere, Stiefel
+from .manifolds import (
+    AB,
+    USV,
+    FixedRank,
+    FixedRankPair,
+    Grassmann,
+    Oblique,
+    SpecialOrthogonal,
+    Sphere,
+    Stiefel,
+)
 from .optim import BlockAdam, Riemannion
 from .wrapper import RiemannianWrapper, attach
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AB",
     "USV",
     "BlockAdam",
     "ConfigError",
     "FixedRank",
+    "FixedRankPair",
     "Grassmann",
     "NotOnManifoldError",
     "Oblique",

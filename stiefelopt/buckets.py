@@ -40,7 +40,7 @@ class Slot:
     group: int
 
 
-# The parameters that make one: a single one on Stiefel, U, S, V on FixedRank.
+# The parameters that make one: a single one on Stiefel, U, S, V on FixedRank, A, B on FixedRankPair.
 Point = Sequence[Slot]
 
 

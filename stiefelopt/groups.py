@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, NotOnManifoldError
-from .manifolds import Manifold, carried, from_spec
+from .lora_pairs import lora_pairs
+from .manifolds import FixedRankPair, Manifold, carried, from_spec
 from .placement import Placement, check_parameter_shape, check_point, read_placement
 
 # Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
 # fully_shard, DDP, deepcopy and torch.compile.
 _DECLARED = "_stiefelopt_declared"
+_COUNT = {2: "two", 3: "three"}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
 
 
@@ -64,8 +66,10 @@ def constrain(
     manifold = from_spec(manifold)
     if manifold.parts > 1:
         raise ConfigError(
-            f"a point of {type(manifold).__name__} is made of three parameters U, S, V, and constrain takes one: adapt "
-            f"a linear layer with RiemannLoRALinear, or list the triples in a group by hand."
+            f"a point of {type(manifold).__name__} is made of {_COUNT[manifold.parts]} parameters "
+            f"{', '.join(manifold.point_type._fields)}, and constrain takes one: adapt a linear layer with "
+            f"RiemannLoRALinear, pass lora='fixed-rank' to param_groups for PEFT's LoRA, or list the "
+            f"{manifold.layout} in a group by hand."
         )
     keys = {"orientation": orientation, "view": view}
     keys = {key: value for key, value in keys.items() if value is not None}
@@ -117,6 +121,7 @@ def param_groups(
     scale_lr: float | None = None,
     trainable_only: bool = True,
     named: bool = False,
+    lora: str | None = None,
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters into plain groups for any torch optimizer.
 
@@ -128,17 +133,20 @@ def param_groups(
         model: any module, DDP-wrapped or not; call it after ``fully_shard``, which replaces parameters.
         lr: learning rate of all groups; None leaves the optimizer's default.
         weight_decay: for the decayed weights; None leaves the optimizer's default. Fixed-rank groups get it as
-            "manifold_decay", which shrinks W = U S V^T and is decoupled whatever the optimizer.
+            "manifold_decay", which shrinks W = U S V^T (or B A) and is decoupled whatever the optimizer.
         manifold_lr: learning rate of manifold groups, default ``lr``.
         scale_lr: learning rate of scale factors, default ``lr``.
         trainable_only: leave out parameters that need no gradient.
         named: give (name, parameter) pairs, so that `residuals` and errors can speak names.
+        lora: "fixed-rank" puts the factors of PEFT's plain LoRA layers on `FixedRankPair`, in one group that lists
+            consecutive pairs lora_A, lora_B; the modules and their checkpoints stay plain LoRA. None leaves them alone.
 
     Returns:
         Groups, none of them empty.
 
     Raises:
-        ConfigError: nothing to train, a fixed-rank point frozen in part, or one shared parameter declared in two ways.
+        ConfigError: nothing to train, a fixed-rank point frozen in part, one shared parameter declared in two ways, an
+            unknown ``lora``, or LoRA layers that are not plain (DoRA, embeddings, convolutions, ...).
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"an nn.Module is needed, got {type(model).__name__}; pass the model.")
@@ -147,7 +155,7 @@ def param_groups(
     groups: list[dict[str, Any]] = []
     index: dict[str, dict[str, Any]] = {}
     seen: dict[int, str] = {}
-    for name, p, keys in _walk(model):
+    for name, p, keys in (*_lora_walk(model, lora, trainable_only), *_walk(model)):
         if trainable_only and not p.requires_grad:
             continue
         key, settings = _settings(p, keys, lr, weight_decay, manifold_lr, scale_lr)
@@ -166,6 +174,20 @@ def param_groups(
             "pass trainable_only=False."
         )
     return groups
+
+
+def _lora_walk(
+    model: nn.Module, lora: str | None, trainable_only: bool
+) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """`_walk` over the LoRA pairs alone, A and B of one after the other."""
+    if lora is None:
+        return
+    if lora != "fixed-rank":
+        raise ConfigError(f"lora is {lora!r}; use 'fixed-rank', or leave it out.")
+    keys = {"manifold": FixedRankPair().spec()}
+    for pair in lora_pairs(model, trainable_only=trainable_only):
+        yield pair.a_name, pair.a, keys
+        yield pair.b_name, pair.b, keys
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -224,7 +246,7 @@ def _settings(
     """The key of a parameter's group and what the group says."""
     if scale_lr is not None and _is_fixed_rank(keys):
         raise ConfigError(
-            "scale_lr is for factors S with a group of their own (StelLALinear); on FixedRank U, S and V move as one "
+            "scale_lr is for factors S with a group of their own (StelLALinear); on FixedRank the factors move as one "
             "point with one learning rate: use manifold_lr."
         )
     role = keys.get("role", "manifold" if keys.get("manifold") else "decayed")

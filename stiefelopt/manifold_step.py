@@ -137,7 +137,8 @@ class ManifoldStep:
         for g, group in enumerate(self.optimizer.param_groups):
             for first, params, placement in _points(group, g):
                 labels = [label_of(group, g, first + i) for i in range(len(params))]
-                found.append([Slot(p, label, placement, g) for p, label in zip(params, labels, strict=True)])
+                lying = [placement.of_part(i) for i in range(len(params))]
+                found.append([Slot(*slot, g) for slot in zip(params, labels, lying, strict=True)])
         return found
 
     def live_settings(self) -> list[Settings]:
@@ -310,9 +311,9 @@ def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor
     parts = placement.manifold.parts
     if len(params) % parts:
         raise ConfigError(
-            f"group {index} is on {type(placement.manifold).__name__} and lists {len(params)} parameters; its "
-            f"points are consecutive triples U, S, V: build the groups with stiefelopt.param_groups(model), or "
-            f"list all three."
+            f"group {index} is on {type(placement.manifold).__name__} and lists {len(params)} parameters; its points "
+            f"are consecutive {placement.manifold.layout}: build the groups with stiefelopt.param_groups(model), or "
+            f"list all {parts}."
         )
     return [(i, params[i : i + parts], placement) for i in range(0, len(params), parts)]
 

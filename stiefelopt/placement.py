@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, NotOnManifoldError, ShapeError
-from .manifolds import USV, Manifold, from_spec
+from .manifolds import Manifold, from_spec
 from .shapes import check_matrix
 
 KEYS = (
@@ -56,10 +56,15 @@ class Placement:
 
     def is_rows(self, shape: torch.Size) -> bool:
         """Whether the rows, not the columns, are orthonormal: stated, or a wide matrix."""
-        if self.manifold.held != "matrix":
+        if self.manifold.held == "tensor":
             return False
         rows, columns = self.matrix_shape(shape)[-2:]
         return self.orientation == "rows" or (self.orientation == "auto" and rows < columns)
+
+    def of_part(self, index: int) -> Placement:
+        """The same for one of the parameters of a point: which way it lies is the manifold's choice."""
+        lies = self.manifold.lies
+        return replace(self, orientation=lies[index]) if lies else self
 
     def as_tall(self, t: Tensor) -> Tensor:
         """The points (*b, n, p) in a parameter-shaped tensor; a view of a contiguous one."""
@@ -91,7 +96,9 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
         _one_of("direction", given.get("direction", "plain"), DIRECTIONS),
         _decay(given.get("manifold_decay", 0.0)),
     )
-    return _HELD[placement.manifold.held](placement, given)
+    if placement.manifold.held == "tensor":
+        return _as_tensor(placement, given)
+    return _of_several(placement) if placement.manifold.parts > 1 else _as_matrix(placement, given)
 
 
 def _as_matrix(placement: Placement, given: Mapping[str, Any]) -> Placement:
@@ -118,21 +125,24 @@ def _as_tensor(placement: Placement, given: Mapping[str, Any]) -> Placement:
     return replace(placement, orientation="columns")
 
 
-def _as_tall(placement: Placement, given: Mapping[str, Any]) -> Placement:
-    """U, S and V lie as they are: (*b, m, r), (*b, r, r), (*b, n, r)."""
+def _of_several(placement: Placement) -> Placement:
+    """The parameters of a point lie as their manifold says."""
+    name, layout = type(placement.manifold).__name__, placement.manifold.layout
     if placement.orientation == "rows" or placement.view == "matrix":
         raise ConfigError(
-            "the factors U, S, V of a FixedRank group are tall, (*b, m, r), (*b, r, r), (*b, n, r): leave out "
-            "orientation='rows' and view='matrix', and store a wide factor transposed."
+            f"the parameters of a {name} group are {layout}: leave out orientation='rows' and view='matrix', and "
+            f"store a factor that lies otherwise transposed."
         )
     if placement.displacement_scale == "stella":
         raise ConfigError(
-            "displacement_scale='stella' is for Stiefel groups; in a FixedRank group use a number, or leave it out."
+            f"displacement_scale='stella' is for Stiefel groups; in a {name} group use a number, or leave it out."
+        )
+    if placement.gradient not in placement.manifold.gradients:
+        raise ConfigError(
+            f"gradient={placement.gradient!r} in a {name} group; only {placement.manifold.gradients[0]!r} arrives "
+            f"there, by ordinary autograd: leave it out."
         )
     return replace(placement, orientation="columns")
-
-
-_HELD = {"matrix": _as_matrix, "tall": _as_tall, "tensor": _as_tensor}
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Any:
@@ -172,14 +182,14 @@ def check_point(label: object, params: Sequence[Tensor], placement: Placement) -
 
     Args:
         label: of the first.
-        params: one for Stiefel, U, S, V for FixedRank.
+        params: one for Stiefel, U, S, V for FixedRank, A, B for FixedRankPair.
         placement: of their group.
 
     Raises:
         ShapeError, ConfigError: as `check_parameter_shape`. NotOnManifoldError: not orthonormal, S singular.
     """
-    for p in params:
-        check_parameter_shape(label, p, placement)
+    for i, p in enumerate(params):
+        check_parameter_shape(label, p, placement.of_part(i))
     try:
         placement.manifold.check(point_of(params, placement))  # type: ignore[attr-defined]
     except NotOnManifoldError as error:
@@ -188,10 +198,11 @@ def check_point(label: object, params: Sequence[Tensor], placement: Placement) -
         raise ShapeError(f"{name_of(label)}: {error}") from None
 
 
-def point_of(params: Sequence[Tensor], placement: Placement) -> Tensor | USV:
-    """The point that the parameters are."""
-    tall = [placement.as_tall(p.detach()) for p in params]
-    return tall[0] if len(tall) == 1 else USV(*tall)
+def point_of(params: Sequence[Tensor], placement: Placement) -> Any:
+    """The point that the parameters are: a matrix, or the manifold's tuple of several."""
+    if placement.manifold.parts > 1:
+        return placement.manifold.point_type(*(p.detach() for p in params))
+    return placement.as_tall(params[0].detach())
 
 
 def name_of(label: object) -> str:
@@ -226,10 +237,11 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
         )
     rows, columns = placement.matrix_shape(p.shape)[-2:]
     long_side = columns if placement.is_rows(p.shape) else rows
-    if long_side < max(rows, columns) and placement.manifold.held == "tall":
+    if long_side < max(rows, columns) and placement.manifold.parts > 1:
+        manifold = placement.manifold
         raise ShapeError(
-            f"{name} is {rows} x {columns}, and the factors U, S, V of a fixed-rank point are tall, (*b, m, r), "
-            f"(*b, r, r), (*b, n, r): store it transposed, or use a smaller rank."
+            f"{name} is {rows} x {columns}, and a {type(manifold).__name__} group lists {manifold.layout} with "
+            f"r <= m, n: use this order, store it transposed, or use a smaller rank."
         )
     if long_side < max(rows, columns) and not placement.manifold.wide:
         raise ShapeError(

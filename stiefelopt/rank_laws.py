@@ -6,10 +6,11 @@ W = U S V^T, tangent vectors as m x n matrices, the projection as Z - (I - U U^T
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from .laws import (
 )
 from .manifolds import USV, FixedRank
 from .shapes import HALF, compute_dtype, tolerance
+
+# A named tuple of tensors: a point, or a vector at one.
+P = TypeVar("P", bound=Any)
 
 # (*b, m, n, r)
 RANK_SHAPES = (
@@ -96,14 +100,14 @@ class RankCase:
         u, v = (torch.linalg.qr(self.normal(key + k, s, r))[0] for k, s in ((0, m), (1, n)))
         a, b = (torch.linalg.qr(self.normal(key + k, r, r))[0] for k in (2, 3))
         values = 1 + 0.5 * torch.tanh(self.normal(key + 4, r))
-        return _cast(USV(u, a * values[..., None, :] @ b, v), self.dtype)
+        return cast(USV(u, a * values[..., None, :] @ b, v), self.dtype)
 
     def ambient(self, key: int = 10) -> USV:
         """Coordinates (dU, M, dV), not tangent, of norm ``scale`` together."""
         m, n, r = self.sizes
         z = USV(self.normal(key, m, r), self.normal(key + 1, r, r), self.normal(key + 2, n, r))
         size = torch.stack([t.square().sum((-2, -1), keepdim=True) for t in z]).sum(0).sqrt()
-        return _cast(USV(*(t * (self.scale / size) for t in z)), self.dtype)
+        return cast(USV(*(t * (self.scale / size) for t in z)), self.dtype)
 
     def dense(self, key: int = 20) -> Tensor:
         """A dense matrix (*b, m, n) of norm ``scale``."""
@@ -112,11 +116,11 @@ class RankCase:
 
     def tangent(self, x: USV, key: int = 30, columns: Tensor | None = None) -> USV:
         """A tangent vector of norm ``scale``; ``columns`` (r x r) makes its parts Up and Vp deficient."""
-        z = _cast(self.ambient(key), torch.float64)
+        z = cast(self.ambient(key), torch.float64)
         k = torch.eye(x.S.shape[-1], dtype=torch.float64) if columns is None else columns
-        u, v = (_off(a.double(), _off(a.double(), b)) @ k for a, b in ((x.U, z.U), (x.V, z.V)))
+        u, v = (off_span(a.double(), off_span(a.double(), b)) @ k for a, b in ((x.U, z.U), (x.V, z.V)))
         size = torch.stack([t.square().sum((-2, -1), keepdim=True) for t in (u, z.S, v)]).sum(0).sqrt()
-        return _cast(USV(*(t * (self.scale / size) for t in (u, z.S, v))), self.dtype)
+        return cast(USV(*(t * (self.scale / size) for t in (u, z.S, v))), self.dtype)
 
     def deficient(self, x: USV) -> dict[str, USV]:
         """Tangent vectors with zero or dependent columns, or with one part alone."""
@@ -137,42 +141,63 @@ class RankCase:
 law = law_at(RankCase)
 
 
-def _cast(x: USV, dtype: torch.dtype) -> USV:
-    return USV(*(t.to(dtype) for t in x))
+def cast(x: P, dtype: torch.dtype) -> P:
+    """Points and vectors in another dtype."""
+    return type(x)(*(t.to(dtype) for t in x))
 
 
-def _off(x: Tensor, z: Tensor) -> Tensor:
+def off_span(x: Tensor, z: Tensor) -> Tensor:
     """z - x x^T z, exactly zero for a square x."""
     return z - x @ (x.mT @ z) if x.shape[-2] > x.shape[-1] else torch.zeros_like(z)
 
 
-def _dense(x: USV) -> Tensor:
-    u, s, v = _cast(x, torch.float64)
+def _zero(x: P) -> P:
+    return type(x)(*map(torch.zeros_like, x))
+
+
+# What depends on the kind of point; `pair_laws` registers that of pairs.
+
+
+@functools.singledispatch
+def matrix_of(x: Any) -> Tensor:
+    """W, in float64."""
+    u, s, v = cast(x, torch.float64)
     return u @ s @ v.mT
 
 
-def _embedded(x: USV, u: USV) -> Tensor:
+@functools.singledispatch
+def tangent_matrix(x: Any, u: Any) -> Tensor:
     """U M V^T + Up V^T + U Vp^T."""
-    x, u = _cast(x, torch.float64), _cast(u, torch.float64)
+    x, u = cast(x, torch.float64), cast(u, torch.float64)
     return (x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT
 
 
-def _projected(x: USV, z: Tensor) -> Tensor:
+@functools.singledispatch
+def tangent_part(x: Any, z: Tensor) -> Tensor:
     """The part of a dense z that is tangent at x."""
-    u, _, v = _cast(x, torch.float64)
+    u, _, v = cast(x, torch.float64)
     left = z - u @ (u.mT @ z)
     return z - (left - left @ v @ v.mT)
 
 
-def _residual(x: USV) -> Tensor:
+@functools.singledispatch
+def constraint_error(x: Any) -> Tensor:
     """U^T U - I and V^T V - I, side by side."""
     grams = [t.double().mT @ t.double() for t in (x.U, x.V)]
     return torch.cat([g - torch.eye(g.shape[-1], dtype=g.dtype) for g in grams], -1)
 
 
-def _normal_part(x: USV, u: USV) -> Tensor:
+@functools.singledispatch
+def normal_part(x: Any, u: Any) -> Tensor:
     """U^T Up and V^T Vp, which vanish for a tangent u."""
     return torch.cat((x.U.double().mT @ u.U.double(), x.V.double().mT @ u.V.double()), -1)
+
+
+@functools.singledispatch
+def factor_gradients(x: Any, z: Tensor) -> Any:
+    """Ordinary gradients of the factors, of a function of W whose gradient is z."""
+    u, s, v = x
+    return USV(z @ v @ s.mT, u.mT @ z @ v, z.mT @ u @ s)
 
 
 def _difference(x: USV, y: USV) -> Tensor:
@@ -181,15 +206,17 @@ def _difference(x: USV, y: USV) -> Tensor:
     return torch.cat(parts)
 
 
-def _plus(a: float, u: USV, b: float, v: USV) -> USV:
-    return USV(*(a * s + b * t for s, t in zip(u, v, strict=True)))
+def plus(a: float, u: P, b: float, v: P) -> P:
+    """a u + b v."""
+    return type(u)(*(a * s + b * t for s, t in zip(u, v, strict=True)))
 
 
-def _equal(x: USV, y: USV) -> bool:
+def equal(x: P, y: P) -> bool:
+    """Bit for bit."""
     return all(map(torch.equal, x, y))
 
 
-def _step(m: FixedRank, case: RankCase, x: USV, u: USV) -> USV | None:
+def stepped(m: FixedRank, case: RankCase, x: USV, u: USV) -> USV | None:
     """R(x, u); None where a long step was refused."""
     try:
         return m.retract(x, u)
@@ -216,22 +243,22 @@ def law_rank_membership(m: FixedRank, case: RankCase) -> None:
         for _ in range(2)
     )
     batch = case.shape[:-3]
-    holds("equal generators draw equal points", _equal(x, again))
+    holds("equal generators draw equal points", equal(x, again))
     shapes = tuple(tuple(t.shape) for t in x)
     holds(
         "random_point has the shapes asked for",
         shapes == ((*batch, rows, r), (*batch, r, r), (*batch, columns, r)),
     )
     holds("random_point has the dtype asked for", {t.dtype for t in x} == {case.dtype})
-    at_most("random_point lies on the manifold", _residual(x), case.tolerance())
+    at_most("random_point lies on the manifold", constraint_error(x), case.tolerance())
     m.check(x)
     off = case.ambient()
     for z in (x._replace(U=x.U + off.U), x._replace(V=x.V + off.V)):
-        error = m.residual(z).double() - _residual(z).abs().amax((-2, -1))
+        error = m.residual(z).double() - constraint_error(z).abs().amax((-2, -1))
         at_most("residual is max |U^T U - I|, |V^T V - I|", error, case.tolerance(4 * (1 + case.scale) ** 2))
     u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
-    at_most("random_tangent is tangent", _normal_part(x, u), case.tolerance())
-    at_most("random_tangent has unit norm", matrix_norms(_embedded(x, u)) - 1, case.tolerance())
+    at_most("random_tangent is tangent", normal_part(x, u), case.tolerance())
+    at_most("random_tangent has unit norm", matrix_norms(tangent_matrix(x, u)) - 1, case.tolerance())
     if x.S.numel():
         _check_refuses(m, x)
 
@@ -259,15 +286,15 @@ def law_rank_project_point(m: FixedRank, case: RankCase) -> None:
     """project_point gives the nearest matrix of rank r (Eckart & Young), and a point's own matrix back."""
     r = case.sizes[-1]
     x, z = case.point(), case.dense()
-    back = _dense(m.project_point(_dense(x).to(case.dtype), rank=r)) - _dense(x)
+    back = matrix_of(m.project_point(matrix_of(x).to(case.dtype), rank=r)) - matrix_of(x)
     at_most("a point's matrix comes back", back, case.tolerance(2))
     try:
         y = m.project_point(z, rank=r)
     except NotOnManifoldError:
         holds("a generic matrix is accepted", False)
-    at_most("the result lies on the manifold", _residual(y), case.tolerance())
-    left = z.double() - _dense(y)
-    at_most("nearest: what is left is normal", _projected(y, left), case.tolerance(case.scale))
+    at_most("the result lies on the manifold", constraint_error(y), case.tolerance())
+    left = z.double() - matrix_of(y)
+    at_most("nearest: what is left is normal", tangent_part(y, left), case.tolerance(case.scale))
     values = torch.linalg.svdvals(z.double())
     distance = values[..., r:].square().sum(-1).sqrt()[..., None, None]
     at_most(
@@ -283,7 +310,7 @@ def law_rank_project_tangent(m: FixedRank, case: RankCase) -> None:
     x, z, v = case.point(), case.ambient(), case.tangent(case.point())
     u = m.project_tangent(x, z)
     bound = case.tolerance(case.scale)
-    at_most("the result is tangent", _normal_part(x, u), bound)
+    at_most("the result is tangent", normal_part(x, u), bound)
     at_most("idempotent", _difference(m.project_tangent(x, u), u), bound)
     at_most("fixes tangent vectors", _difference(m.project_tangent(x, v), v), bound)
     other = case.ambient(40)
@@ -295,16 +322,17 @@ def law_rank_project_tangent(m: FixedRank, case: RankCase) -> None:
 
     dense = case.dense()
     w = m.project_dense(x, dense)
-    at_most("project_dense is tangent", _normal_part(x, w), bound)
+    at_most("project_dense is tangent", normal_part(x, w), bound)
     at_most(
         "project_dense is the orthogonal projection",
-        _embedded(x, w) - _projected(x, dense.double()),
+        tangent_matrix(x, w) - tangent_part(x, dense.double()),
         bound,
     )
     at_most("project_dense fixes tangent vectors", _difference(m.project_dense(x, m.embed(x, v)), v), bound)
     rows, columns, r = case.sizes
     basis = torch.eye(rows * columns, dtype=case.dtype).reshape(-1, rows, columns)
-    one = USV(*(t.expand(len(basis), -1, -1) for t in replace(case, shape=case.sizes).point()))
+    single = replace(case, shape=case.sizes).point()
+    one = type(x)(*(t.expand(len(basis), -1, -1) for t in single))
     rank = (m.embed(one, m.project_dense(one, basis)) * basis).sum()
     at_most("its rank is the dimension", rank - m.dim(rows, columns, rank=r), case.tolerance(rows * columns))
 
@@ -313,9 +341,9 @@ def law_rank_project_tangent(m: FixedRank, case: RankCase) -> None:
 def law_rank_dense(m: FixedRank, case: RankCase) -> None:
     """to_dense and embed are what they say."""
     x = case.point()
-    at_most("to_dense is U S V^T", m.to_dense(x).double() - _dense(x), case.tolerance(2))
+    at_most("to_dense is U S V^T", m.to_dense(x).double() - matrix_of(x), case.tolerance(2))
     u = case.tangent(x)
-    error = m.embed(x, u).double() - _embedded(x, u)
+    error = m.embed(x, u).double() - tangent_matrix(x, u)
     at_most("embed is U M V^T + Up V^T + U Vp^T", error, case.tolerance(2 * case.scale))
 
 
@@ -327,19 +355,17 @@ def law_rank_gradient(m: FixedRank, case: RankCase) -> None:
     """
     x, g, h = case.point(), case.dense(), case.dense(21)
 
-    def factors(z: Tensor) -> USV:
-        z = z.double()
-        u, s, v = _cast(x, torch.float64)
-        return _cast(USV(z @ v @ s.mT, u.mT @ z @ v, z.mT @ u @ s), case.dtype)
+    def factors(z: Tensor) -> Any:
+        return cast(factor_gradients(cast(x, torch.float64), z.double()), case.dtype)
 
     u = m.gradient(x, factors(g))
-    at_most("tangent", _normal_part(x, u), case.tolerance(4 * case.scale))
-    linear = m.gradient(x, _plus(2, factors(g), -3, factors(h)))
-    expected = _plus(2, u, -3, m.gradient(x, factors(h)))
+    at_most("tangent", normal_part(x, u), case.tolerance(4 * case.scale))
+    linear = m.gradient(x, plus(2, factors(g), -3, factors(h)))
+    expected = plus(2, u, -3, m.gradient(x, factors(h)))
     at_most("linear", _difference(linear, expected), case.tolerance(20 * case.scale))
     for key in (35, 38):
         v = case.tangent(x, key)
-        difference = m.inner(x, u, v).double() - (g.double() * _embedded(x, v)).sum((-2, -1))
+        difference = m.inner(x, u, v).double() - (g.double() * tangent_matrix(x, v)).sum((-2, -1))
         at_most("inner(x, gradient(x, g), v) = <G, v>", difference, case.tolerance(4 * case.scale**2))
 
 
@@ -351,13 +377,13 @@ def law_rank_metric(m: FixedRank, case: RankCase) -> None:
     size = case.scale**2
     uv = m.inner(x, u, v)
     holds("inner has the batch shape", uv.shape == case.shape[:-3])
-    dense = (_embedded(x, u) * _embedded(x, v)).sum((-2, -1))
+    dense = (tangent_matrix(x, u) * tangent_matrix(x, v)).sum((-2, -1))
     at_most("the inner product of the dense matrices", uv.double() - dense, case.tolerance(size))
     at_most("symmetric", uv - m.inner(x, v, u), case.tolerance(size))
-    linear = m.inner(x, _plus(2, u, -3, w), v) - (2 * uv - 3 * m.inner(x, w, v))
+    linear = m.inner(x, plus(2, u, -3, w), v) - (2 * uv - 3 * m.inner(x, w, v))
     at_most("bilinear", linear, case.tolerance(5 * size))
     for part in (u, *case.deficient(x).values()):
-        share = matrix_norms(_embedded(x, part)).flatten().square() / size
+        share = matrix_norms(tangent_matrix(x, part)).flatten().square() / size
         positive = m.inner(x, part, part).double().flatten() > 0.5 * share * size
         holds("positive definite", bool((positive | (share < 1e-12)).all()))
     at_most("norm(x, u)^2 = inner(x, u, u)", m.norm(x, u) ** 2 - m.inner(x, u, u), case.tolerance(size))
@@ -368,27 +394,27 @@ def law_rank_transport(m: FixedRank, case: RankCase) -> None:
     """A transported vector is the dense projection at y: tangent, linear in v, and v itself as u tends to 0."""
     x = case.point()
     u, v, w = (case.tangent(x, key) for key in (30, 35, 38))
-    y = _step(m, case, x, u)
+    y = stepped(m, case, x, u)
     if y is not None:
         moved = m.transport_vector(x, u, y, v)
         bound = case.tolerance(4 * case.scale)
-        at_most("tangent at y", _normal_part(y, moved), bound)
-        linear = m.transport_vector(x, u, y, _plus(2, v, -3, w))
-        expected = _plus(2, moved, -3, m.transport_vector(x, u, y, w))
+        at_most("tangent at y", normal_part(y, moved), bound)
+        linear = m.transport_vector(x, u, y, plus(2, v, -3, w))
+        expected = plus(2, moved, -3, m.transport_vector(x, u, y, w))
         at_most("linear", _difference(linear, expected), 5 * bound)
         at_most(
             "the projection of the dense matrix",
-            _embedded(y, moved) - _projected(y, _embedded(x, v)),
+            tangent_matrix(y, moved) - tangent_part(y, tangent_matrix(x, v)),
             bound,
         )
-    still = m.transport_vector(x, USV(*map(torch.zeros_like, u)), x, v)
+    still = m.transport_vector(x, _zero(u), x, v)
     at_most("the identity at u = 0", _difference(still, v), case.tolerance(case.scale))
     single, x, u = _single(case)
     v = single.tangent(x, 35)
 
     def change(t: Tensor) -> Tensor:
         xs, us, vs = (_spread(z, t) for z in (x, u, v))
-        us = USV(*(t * z for z in us))
+        us = type(us)(*(t * z for z in us))
         moved = m.transport_vector(xs, us, m.retract(xs, us), vs)
         # Coordinates too: the gauge turns the factors as little as it can.
         return torch.stack(
@@ -408,7 +434,7 @@ def _single(case: RankCase) -> tuple[RankCase, USV, USV]:
 
 def _spread(x: USV, t: Tensor) -> USV:
     """One copy of x for every entry of t (k, 1, 1)."""
-    return USV(*(z.expand(len(t), *z.shape) for z in x))
+    return type(x)(*(z.expand(len(t), *z.shape) for z in x))
 
 
 @law
@@ -425,14 +451,14 @@ def law_rank_retraction(m: FixedRank, case: RankCase) -> None:
     """R(x, u) lies on the manifold, passes ``check``, and is W + u + O(u^2); also for deficient u."""
     x = case.point()
     for name, u in {"a generic step": case.tangent(x), **case.deficient(x)}.items():
-        y = _step(m, case, x, u)
+        y = stepped(m, case, x, u)
         if y is None:
             continue
-        at_most(f"the result lies on the manifold ({name})", _residual(y), case.tolerance())
-        holds(f"S is finite ({name})", bool(torch.isfinite(y.S).all()))
+        at_most(f"the result lies on the manifold ({name})", constraint_error(y), case.tolerance())
+        holds(f"it is finite ({name})", all(bool(torch.isfinite(t).all()) for t in y))
         m.check(y)
         if case.scale <= SAFE:
-            error = matrix_norms(_dense(y) - _dense(x) - _embedded(x, u))
+            error = matrix_norms(matrix_of(y) - matrix_of(x) - tangent_matrix(x, u))
             bound = 4 * case.scale**2 + case.tolerance(4)
             at_most(f"R(x, u) = W + u + O(u^2) ({name})", error, bound)
 
@@ -442,7 +468,7 @@ def law_rank_gauge(m: FixedRank, case: RankCase) -> None:
     """U^T U+ and V^T V+ are symmetric and positive: the factors turn as little as they can."""
     x = case.point()
     for u in (case.tangent(x), *case.deficient(x).values()):
-        y = _step(m, case, x, u)
+        y = stepped(m, case, x, u)
         if y is None:
             continue
         for a, b in ((x.U, y.U), (x.V, y.V)):
@@ -456,18 +482,21 @@ def law_rank_zero_step(m: FixedRank, case: RankCase) -> None:
     """R(x, 0) = x bit for bit, also within a batch and for -0.0; a u with one part alone is no zero step."""
     x = case.point()
     for zero in (0.0, -0.0):
-        u = USV(*(torch.full_like(t, zero) for t in x))
-        holds("R(x, 0) = x bit for bit", _equal(m.retract(x, u), x))
+        u = type(x)(*(torch.full_like(t, zero) for t in x))
+        holds("R(x, 0) = x bit for bit", equal(m.retract(x, u), x))
     three = replace(case, shape=(3, *case.sizes), scale=min(case.scale, SAFE))
     x = three.point()
     u = three.tangent(x)
     for t in u:
         t[1] = 0
     y = m.retract(x, u)
-    holds("R(x, 0) = x bit for bit within a batch", _equal(USV(*(t[1] for t in y)), USV(*(t[1] for t in x))))
-    for part, t in zip(USV._fields, replace(three, scale=1e-3).tangent(x), strict=True):
-        alone = USV(*map(torch.zeros_like, x))._replace(**{part: t})
-        moved = _dense(m.retract(x, alone)) - _dense(x) - _embedded(x, alone)
+    holds(
+        "R(x, 0) = x bit for bit within a batch",
+        all(torch.equal(a[1], b[1]) for a, b in zip(x, y, strict=True)),
+    )
+    for part, t in zip(x._fields, replace(three, scale=1e-3).tangent(x), strict=True):
+        alone = _zero(x)._replace(**{part: t})
+        moved = matrix_of(m.retract(x, alone)) - matrix_of(x) - tangent_matrix(x, alone)
         at_most(f"follows a u whose only part is {part}", moved, 1e-5)
 
 
@@ -481,11 +510,11 @@ def law_rank_order(m: FixedRank, case: RankCase, *, order: float | None = None) 
     rows, columns, r = case.sizes
 
     def error(t: Tensor) -> Tensor:
-        xs, us = _spread(x, t), USV(*(t * z for z in u))
-        z = _dense(m.retract(xs, us)) - _dense(x) - t * _embedded(x, u)
-        return matrix_norms(_projected(x, z))
+        xs, us = _spread(x, t), type(u)(*(t * z for z in u))
+        z = matrix_of(m.retract(xs, us)) - matrix_of(x) - t * tangent_matrix(x, u)
+        return matrix_norms(tangent_part(x, z))
 
-    declared = rank_retractions.get(m.retraction).order if order is None else order
+    declared = rank_retractions.get(getattr(m, "retraction", "svd")).order if order is None else order
     check_slope("|P_x(R(x, t u) - W - t u)|", error, declared, 2 <= r < min(rows, columns))
 
 
@@ -495,12 +524,14 @@ def law_rank_huge(m: FixedRank, case: RankCase) -> None:
     x = case.point()
     far = replace(case, scale=HUGE)
     for u in (far.tangent(x), *far.deficient(x).values()):
-        y = _step(m, far, x, u)
+        y = stepped(m, far, x, u)
         if y is not None:
             at_most(
-                f"the result of a step of norm {HUGE:g} lies on the manifold", _residual(y), case.tolerance()
+                f"the result of a step of norm {HUGE:g} lies on the manifold",
+                constraint_error(y),
+                case.tolerance(),
             )
-            holds("S is finite after a huge step", bool(torch.isfinite(y.S).all()))
+            holds("it is finite after a huge step", all(bool(torch.isfinite(t).all()) for t in y))
 
 
 @law
@@ -535,12 +566,12 @@ def _check_floor(m: FixedRank, case: RankCase, x: USV, u: USV) -> None:
     except StepError as error:
         # A retraction that needs a well-conditioned S + M says so.
         return holds("with a floor, a refusal names another retraction", "retraction=" in str(error))
-    at_most("on the manifold where the floor acted", _residual(y), case.tolerance())
+    at_most("on the manifold where the floor acted", constraint_error(y), case.tolerance())
     singular = torch.linalg.svdvals(y.S.double())
     lowest = (singular[..., -1] / singular[..., 0]).amin().item()
     holds(f"the smallest singular value is {lowest:.3g} of the largest, at least the floor", lowest > 0.99e-3)
     # Raised by at most the floor's share of the largest, 1.5, in each of the lost directions.
-    raised = matrix_norms(_dense(y) - _dense(x) - _embedded(x, u))
+    raised = matrix_norms(matrix_of(y) - matrix_of(x) - tangent_matrix(x, u))
     at_most("W moves by the floor at most", raised, 1.6e-3 * math.sqrt(x.S.shape[-1]))
 
 
@@ -550,7 +581,7 @@ def law_rank_equivariance(m: FixedRank, case: RankCase) -> None:
     rows, columns, r = case.sizes
     x = case.point()
     u = case.tangent(x)
-    y = _step(m, case, x, u)
+    y = stepped(m, case, x, u)
     if y is None:
         return
     a, b = case.orthogonal(50, r), case.orthogonal(51, r)
@@ -565,10 +596,10 @@ def law_rank_equivariance(m: FixedRank, case: RankCase) -> None:
     }
     bound = case.tolerance(4 * (1 + case.scale) ** 2)
     for name, (point, vector, expected) in changes.items():
-        moved = _step(m, case, point, vector)
+        moved = stepped(m, case, point, vector)
         if moved is None:
             continue
-        at_most(f"{name}: the same matrix", _dense(moved) - _dense(expected), bound)
+        at_most(f"{name}: the same matrix", matrix_of(moved) - matrix_of(expected), bound)
         if case.scale <= SAFE:
             at_most(f"{name}: the same factors", _difference(moved, expected), bound)
 
@@ -603,7 +634,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 def _visible(name: str, result: Any) -> Tensor:
     """What two results must agree in: the matrix of a point, else every number, (k,)."""
-    tensors = (_dense(result),) if name == "retract" else _tensors(result)
+    tensors = (matrix_of(result),) if name == "retract" else _tensors(result)
     return torch.cat([t.double().flatten() for t in tensors])
 
 
@@ -615,7 +646,7 @@ def law_rank_stack(m: FixedRank, case: RankCase) -> None:
     batch = replace(case, shape=(2, 2, *case.sizes))
     lengths = torch.logspace(-1, -4, 4, dtype=case.dtype).reshape(2, 2, 1, 1)
     x = batch.point()
-    z, u = (USV(*(lengths * t for t in v)) for v in (batch.ambient(), batch.tangent(x)))
+    z, u = (type(v)(*(lengths * t for t in v)) for v in (batch.ambient(), batch.tangent(x)))
     args = (x, z, u, batch.dense())
     bound = case.tolerance((1 + case.scale) ** 2)
     for name, method in _methods(m, case.sizes[-1]).items():
@@ -631,12 +662,12 @@ def law_rank_stack(m: FixedRank, case: RankCase) -> None:
 
 
 def _at(z: Any, i: int, j: int) -> Any:
-    return z[i, j] if isinstance(z, Tensor) else USV(*(t[i, j] for t in z))
+    return z[i, j] if isinstance(z, Tensor) else type(z)(*(t[i, j] for t in z))
 
 
 def _emptied(z: Any, batch: tuple[int, ...]) -> Any:
     tensors = [t.new_empty((*batch, *t.shape[-2:])) for t in _tensors(z)]
-    return tensors[0] if isinstance(z, Tensor) else USV(*tensors)
+    return tensors[0] if isinstance(z, Tensor) else type(z)(*tensors)
 
 
 @law
@@ -663,7 +694,7 @@ def law_rank_dtype(m: FixedRank, case: RankCase) -> None:
 
 
 def _as(z: Any, dtype: torch.dtype) -> Any:
-    return z.to(dtype) if isinstance(z, Tensor) else _cast(z, dtype)
+    return z.to(dtype) if isinstance(z, Tensor) else cast(z, dtype)
 
 
 @law
@@ -671,7 +702,7 @@ def law_rank_pure(m: FixedRank, case: RankCase) -> None:
     """No method changes its arguments or returns memory of theirs."""
     case = replace(case, scale=min(case.scale, SAFE))
     x = case.point()
-    for step in (case.tangent(x), USV(*map(torch.zeros_like, x))):
+    for step in (case.tangent(x), _zero(x)):
         args = (x, case.ambient(), step, case.dense())
         flat = [t for a in args for t in _tensors(a)]
         before = [t.clone() for t in flat]
@@ -701,7 +732,7 @@ def law_rank_drift(m: FixedRank, case: RankCase, *, steps: int = 5000) -> None:
         z = USV(*(t.roll(j % t.shape[-2], -2) for t in pool[i % 16]))
         u = m.project_tangent(x, z._replace(S=z.S + 0.1 * case.scale * (start.S - x.S)))
         x = m.retract(x, u)
-    at_most(f"on the manifold after {steps} steps", _residual(x), DRIFT * torch.finfo(case.dtype).eps)
+    at_most(f"on the manifold after {steps} steps", constraint_error(x), DRIFT * torch.finfo(case.dtype).eps)
 
 
 RANK_MANIFOLD_LAWS: tuple[Law, ...] = (

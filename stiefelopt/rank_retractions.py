@@ -235,7 +235,7 @@ def _small_part(retraction: RankRetraction, c: Tensor, sides: Sequence[_Side], f
     au, bu, s, av, bv = found
     if _is_gauged(torch.cat((au, av))):
         return found
-    qu, qv = _turns(torch.cat((au, av))).chunk(2)
+    qu, qv = turns(torch.cat((au, av))).chunk(2)
     return Coefficients(au @ qu, bu @ qu, qu.mT @ s @ qv, av @ qv, bv @ qv)
 
 
@@ -247,7 +247,7 @@ def _is_gauged(a: Tensor) -> bool:
     return bool((asymmetry <= SYMMETRIC * size).all()) and not bool(torch.linalg.cholesky_ex(a)[1].any())
 
 
-def _turns(a: Tensor) -> Tensor:
+def turns(a: Tensor) -> Tensor:
     """The orthogonal q for which a q is symmetric and positive: the transposed polar factor of a, (B, r, r).
 
     A step shorter than the singular values of W gives an a that is nearly orthogonal, and products do; else by SVD.

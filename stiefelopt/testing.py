@@ -43,7 +43,8 @@ from .laws import (
     rescaled,
     slope_of,
 )
-from .manifolds import FixedRank, Stiefel
+from .manifolds import FixedRank, FixedRankPair, Stiefel
+from .pair_laws import PAIR_LAWS, PairCase
 from .rank_laws import (
     RANK_MANIFOLD_LAWS,
     RANK_RETRACTION_LAWS,
@@ -649,7 +650,8 @@ class Suite:
 
 STIEFEL = Suite((*MANIFOLD_LAWS, *RETRACTION_LAWS), SHAPES, Case)
 FIXED_RANK = Suite((*RANK_MANIFOLD_LAWS, *RANK_RETRACTION_LAWS), RANK_SHAPES, RankCase)
-SUITES: dict[type, Suite] = {Stiefel: STIEFEL, FixedRank: FIXED_RANK}
+PAIRS = Suite(PAIR_LAWS, RANK_SHAPES, PairCase)
+SUITES: dict[type, Suite] = {Stiefel: STIEFEL, FixedRank: FIXED_RANK, FixedRankPair: PAIRS}
 
 
 def suite_of(m: Any) -> Suite:
@@ -668,7 +670,7 @@ def suite_of(m: Any) -> Suite:
 
 
 def check_manifold(
-    m: Stiefel | FixedRank,
+    m: Stiefel | FixedRank | FixedRankPair,
     *,
     shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
@@ -678,8 +680,8 @@ def check_manifold(
     """Run every law on a manifold; ten to thirty seconds.
 
     Args:
-        m: a `Stiefel`, or anything with its methods on matrices with orthonormal columns; a `FixedRank`, or a
-            subclass of it.
+        m: a `Stiefel`, or anything with its methods on matrices with orthonormal columns; a `FixedRank` or
+            `FixedRankPair`, or a subclass of one.
         shapes: of points, (*b, n, p), or (*b, m, n, r) on FixedRank. Orders show at 3 <= p < n, 2 <= r < min(m, n).
         dtypes: of points.
         scales: Frobenius norms of the vectors.

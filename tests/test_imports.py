@@ -18,11 +18,19 @@ ROOT = Path(stiefelopt.__file__).parent
 FLOORS = (
     ("errors",),
     ("registry", "shapes", "gram", "matfun", "core_svd", "distributed"),
-    ("metrics", "projections", "retractions", "rank_retractions", "rank_transports", "transports"),
+    (
+        "metrics",
+        "projections",
+        "retractions",
+        "rank_retractions",
+        "rank_pairs",
+        "rank_transports",
+        "transports",
+    ),
     ("manifolds",),
     ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
-    ("groups", "wrapper", "optim", "layers"),
-    ("laws", "rank_laws", "testing", "integrations"),
+    ("lora_pairs", "groups", "wrapper", "optim", "layers"),
+    ("laws", "rank_laws", "pair_laws", "testing", "integrations"),
 )
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 # What anybody may import but nobody inside does.

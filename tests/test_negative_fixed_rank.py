@@ -182,7 +182,7 @@ def retraction_of_each_factor_alone() -> FixedRank:
     return retracting(retract)
 
 
-@breaks(rank_laws.law_rank_retraction, "S is finite (equal columns)")
+@breaks(rank_laws.law_rank_retraction, "it is finite (equal columns)")
 def retraction_by_the_inverse_of_a_gram() -> FixedRank:
     def retract(x: USV, u: USV) -> USV:
         y = good.retract(x, u)

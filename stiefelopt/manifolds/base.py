@@ -37,8 +37,12 @@ class Manifold:
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
-        held: how a parameter holds a point: "matrix" (tall, or the transpose of a wide one), "tall" (never the
-            transpose), "tensor" (in any shape that ``check_shape`` accepts; leading dimensions are a batch).
+        layout: where several do, their names and shapes in the order of the group, for errors.
+        lies: and which way each of them lies, "columns" or "rows".
+        point_type: and the tuple that they are a point as.
+        gradients: what gradients may arrive, the first by default; see the group key "gradient".
+        held: how a parameter holds a point: "matrix" (tall, or the transpose of a wide one), "tensor" (in any shape
+            that ``check_shape`` accepts; leading dimensions are a batch).
         vectors: whether a vector is a point, n x 1.
         wide: whether a point may have fewer rows than columns.
         recognized: whether a point can be told from what an inner optimizer's step makes of it, one parameter at a
@@ -46,6 +50,10 @@ class Manifold:
     """
 
     parts: ClassVar[int] = 1
+    layout: ClassVar[str] = ""
+    lies: ClassVar[tuple[str, ...]] = ()
+    point_type: ClassVar[Any]
+    gradients: ClassVar[tuple[str, ...]] = ("factors",)
     held: ClassVar[str] = "matrix"
     vectors: ClassVar[bool] = False
     wide: ClassVar[bool] = False

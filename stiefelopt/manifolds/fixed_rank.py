@@ -55,7 +55,10 @@ class FixedRank(Manifold):
     """
 
     parts: ClassVar[int] = 3
-    held: ClassVar[str] = "tall"
+    layout: ClassVar[str] = "triples U, S, V of shapes (*b, m, r), (*b, r, r), (*b, n, r)"
+    lies: ClassVar[tuple[str, ...]] = ("columns", "columns", "columns")
+    point_type: ClassVar[Any] = USV
+    gradients: ClassVar[tuple[str, ...]] = ("factors", "projected")
     recognized: ClassVar[bool] = False  # one factor says nothing of its point
 
     retraction: str = "svd"
