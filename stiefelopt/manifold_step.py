@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .buckets import Bucket, Slot, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .manifolds import Manifold, from_spec
-from .placement import KEYS, Placement, check_point, point_of, read_placement, resolve_orientation
+from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
 from .shapes import without_autocast
 from .snapshot import Snapshot
 
@@ -161,7 +161,7 @@ class ManifoldStep:
     def residuals(self) -> dict[object, float]:
         """Distance from the constraint of every point, by the label of its first parameter."""
         return {
-            slots[0].label: _residual([s.p for s in slots], slots[0].placement)
+            slots[0].label: residual_of(slots[0].label, [s.p for s in slots], slots[0].placement)
             for slots in self.points()
             if slots[0].p.numel()
         }
@@ -307,10 +307,6 @@ def _points(group: Mapping[str, Any], index: int, placement: Placement) -> list[
             f"list all three."
         )
     return [(i, params[i : i + parts]) for i in range(0, len(params), parts)]
-
-
-def _residual(params: Sequence[Tensor], placement: Placement) -> float:
-    return placement.manifold.residual(point_of(params, placement)).amax().item()  # type: ignore[attr-defined]
 
 
 def _plain(manifold: Manifold) -> object:

@@ -37,9 +37,18 @@ class Manifold:
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
+        small_parts: which of them are p x p, and whole on every rank when the others are sharded.
     """
 
     parts: ClassVar[int] = 1
+    small_parts: ClassVar[tuple[int, ...]] = ()
+
+    def whole_part(self) -> str | None:
+        """What of this manifold needs whole matrices, in words; None where sums over ranks of p x p products do.
+
+        A manifold that says None takes ``reduce`` in all its stacked functions, and has ``stacked_residual``.
+        """
+        return type(self).__name__
 
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""

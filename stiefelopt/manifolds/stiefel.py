@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, gram, identity_like, split, sym, unmoved_matrices
+from ..gram import Reduce, Tall, gram, identity_like, split, squared_norm, sym, unmoved_matrices
 from ..matfun import inverse_symmetric_root
 from ..retractions import OpenSum, normalize
 from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance, without_autocast
@@ -81,14 +81,27 @@ class Stiefel(Manifold):
             return self.retraction.for_metric(self.metric)
         return retractions.Retraction("a plain function", "ambient", self.retraction, {})
 
+    def whole_part(self) -> str | None:
+        """The part of ambient form, if there is one."""
+        parts: dict[str, Any] = {"retraction": self._retraction}
+        if self.projection != "none":
+            parts["projection"] = projections.get(self.projection)
+        if self.transport != "none":
+            parts["transport"] = transports.get(self.transport)
+        found = [f"{option} {part.name!r}" for option, part in parts.items() if part.form == "ambient"]
+        return found[0] if found else None
+
     # Points
 
     @without_autocast
     def residual(self, x: Tensor) -> Tensor:
         """max |x^T x - I| of every matrix, (*b,), in the compute dtype."""
-        (xs,) = as_stacks(x=x)
-        c = gram([xs], [xs])
-        return (c - identity_like(c)).abs().amax((-2, -1)).reshape(x.shape[:-2])
+        return self.stacked_residual(as_stacks(x=x)).reshape(x.shape[:-2])
+
+    def stacked_residual(self, xs: Tall, reduce: Reduce | None = None) -> Tensor:
+        """`residual` of stacks, (B,)."""
+        c = gram(xs, xs, reduce)
+        return (c - identity_like(c)).abs().amax((-2, -1))
 
     def check(self, x: Tensor) -> None:
         """Refuse what is not a point.
@@ -235,7 +248,7 @@ class Stiefel(Manifold):
             drift: the largest |x^T x - I| there may be.
             reduce: sums a batch over ranks.
         """
-        unmoved = unmoved_matrices(xs, ms, e, drift)
+        unmoved = unmoved_matrices(xs, ms, e, drift, reduce)
         if unmoved is None and self.projection == "tangent" and self._retraction.form == "normalizer":
             return normalize(_projected(xs, ms, e, scales), self._retraction, reduce)
         ds = _scaled_displacements(xs, ms, scales, out=ms)
@@ -243,13 +256,15 @@ class Stiefel(Manifold):
             ds = projections.get(self.projection).apply(xs, ds, reduce=reduce, out=ds)
         return [(y, None) for y in self._retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
 
-    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+    def stacked_transporter(
+        self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
+    ) -> Carrier | None:
         """What carries first moments from the stacks xs to the new ones, made before `stacked_move` overwrites ms."""
         if self.transport == "none":
             return None
         transport = transports.get(self.transport)
         if transport.form == "gram":
-            return Carrier(lambda index, ys, vs: transport.apply(ys, ys, ys, vs))
+            return Carrier(lambda index, ys, vs: transport.apply(ys, ys, ys, vs, reduce))
         us = _scaled_displacements(xs, ms, scales)
         if self.projection != "none":
             us = projections.get(self.projection).apply(xs, us)
@@ -257,21 +272,23 @@ class Stiefel(Manifold):
             lambda index, ys, vs: transport.apply([xs[i] for i in index], [us[i] for i in index], ys, vs)
         )
 
-    def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+    def stacked_spectral(
+        self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float], reduce: Reduce | None = None
+    ) -> Tensor:
         """Give every displacement, made tangent, the singular values rate instead of its own; returns the overlap.
 
         Reference: SPEL and Muon, whose direction this is: msign(u) = u (u^T u)^(-1/2).
         """
-        us = projections.tangent.apply(xs, _scaled_displacements(xs, ms, [1.0] * len(xs)))
+        us = projections.tangent.apply(xs, _scaled_displacements(xs, ms, [1.0] * len(xs)), reduce=reduce)
         eps = torch.finfo(us[0].dtype).eps
-        roots = split(inverse_symmetric_root(torch.linalg.eigh(gram(us, us).double()), eps), us)
+        roots = split(inverse_symmetric_root(torch.linalg.eigh(gram(us, us, reduce).double()), eps), us)
         for x, m, u, root, rate in zip(xs, ms, us, roots, rates, strict=True):
             torch.baddbmm(x, u, root.to(u.dtype), alpha=rate, out=m)
-        return self.stacked_overlap(xs, ms)
+        return self.stacked_overlap(xs, ms, reduce)
 
-    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+    def stacked_distance(self, xs: Tall, ys: Tall, reduce: Reduce | None = None) -> float:
         """Sum of ||y - x||_F^2."""
-        return sum((y - x).square().sum().item() for x, y in zip(xs, ys, strict=True))
+        return squared_norm([y - x for x, y in zip(xs, ys, strict=True)], reduce)
 
 
 def _scaled_displacements(
