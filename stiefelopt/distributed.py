@@ -78,7 +78,7 @@ class Shards:
     def __init__(self, p: Tensor, *, gathered: bool = False) -> None:
         self._p = p.detach()
         self._reduce = row_sum(p) if gathered else None
-        self._rows = slice(None) if self._reduce is None else _rows_here(p)
+        self._rows = slice(None) if self._reduce is None else _place_here(p)[-2]
 
     @property
     def is_gathered(self) -> bool:
@@ -114,38 +114,22 @@ class Shards:
         stack.copy_(self._reduce(whole))
 
 
-def gathered(t: Tensor) -> Tensor:
-    """A small tensor, whole on every rank."""
-    if row_sum(t) is None:
-        return local(t)
-    whole = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-    shards = Shards(t, gathered=True)
-    shards.own(whole).copy_(local(t))
-    shards.complete(whole)
-    return whole
+def whole(t: Tensor) -> Tensor:
+    """A small tensor with all its entries on every rank."""
+    return t.detach().full_tensor() if is_distributed(t) else t  # type: ignore[attr-defined]
 
 
-def _rows_here(p: Any) -> slice:
-    """The rows of a sharded matrix (*b, n, p) that lie here."""
+def _place_here(p: Any) -> tuple[slice, ...]:
+    """Which entries of a sharded tensor lie on this rank."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return slice(offset[-2], offset[-2] + shape[-2])
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def write_whole(p: Tensor, value: Tensor) -> None:
     """Store a whole tensor, the same on every rank, in a parameter, of which this rank may hold a part."""
-    if not is_distributed(p):
-        p.copy_(value)
-        return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    q: Any = p
-    shape, offset = compute_local_shape_and_global_offset(q.shape, q.device_mesh, q.placements)
-    part = local(p)
-    for dim, (start, size) in enumerate(zip(offset, shape, strict=True)):
-        value = value.narrow(dim, min(start, value.shape[dim]), size)
-    part.copy_(value)
+    local(p).copy_(value[_place_here(p)] if is_distributed(p) else value)
 
 
 def shared_generator(p: Tensor, generator: torch.Generator | None) -> torch.Generator | None:

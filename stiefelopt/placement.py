@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import RowSum, gathered, is_distributed, local, row_sum, sharded_dims
+from .distributed import RowSum, is_distributed, local, row_sum, sharded_dims, whole
 from .errors import ConfigError, NotOnManifoldError, ShapeError
 from .manifolds import USV, Manifold, from_spec
 from .shapes import HALF, check_matrix, tolerance
@@ -200,7 +200,7 @@ def _check_shards(label: object, params: Sequence[Tensor], placement: Placement)
             f"reset_parameters() or constrain(..., init='random') after it."
         )
     if manifold.small_parts:
-        manifold.check_small([gathered(params[i].detach()) for i in manifold.small_parts])
+        manifold.check_small([whole(params[i]) for i in manifold.small_parts])
 
 
 def point_of(params: Sequence[Tensor], placement: Placement) -> Tensor | USV:

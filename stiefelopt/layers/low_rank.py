@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed import is_distributed
 from ..errors import ConfigError
 from ..shapes import HALF, without_autocast
 from .shared import SharedBase
@@ -214,6 +215,7 @@ class LowRankLinear(nn.Module):
         tied embedding) stays as it is there.
         """
         if not self.merged:
+            self._check_base_is_whole("merge()", ", or merge in a copy that was loaded from the full state")
             self._kept["unmerged"] = self._replace_weight(
                 self._product() if self.folds else self.delta_weight()
             )
@@ -240,11 +242,20 @@ class LowRankLinear(nn.Module):
         )
         return old
 
+    def _check_base_is_whole(self, what: str, way_out: str = "") -> None:
+        """Refuse what reads or changes the whole base weight of a sharded layer."""
+        if is_distributed(self.weight):
+            raise ConfigError(
+                f"{what} needs the whole base weight, which is sharded: do it before fully_shard{way_out}."
+            )
+
     @torch.no_grad()
     @without_autocast
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
         """Take scale u v^T out of the original base weight, in place of what was taken out before."""
         self.require_own_weight()
+        if self.folds and (u is not None or self._kept or self.U0 is not None):
+            self._check_base_is_whole("a correction of the base weight")
         self.unmerge()
         if "original" in self._kept:
             self.base.weight = self._kept.pop("original")
@@ -300,7 +311,8 @@ class LowRankLinear(nn.Module):
         """
         saved = [state_dict.get(prefix + name) for name in ("U0", "V0")]
         own = [
-            None if t is None else torch.empty_like(f) for t, f in zip(saved, (self.U, self.V), strict=True)
+            None if t is None else torch.empty(f.shape, dtype=f.dtype, device=f.device)
+            for t, f in zip(saved, (self.U, self.V), strict=True)
         ]
         adapter = all(prefix + name in state_dict for name in self.FACTORS)
         if prefix + "base.weight" in state_dict and (adapter or self.folds):
