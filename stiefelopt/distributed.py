@@ -58,12 +58,12 @@ def row_sum(t: Tensor) -> RowSum | None:
     return RowSum(t.device_mesh, dims) if dims else None  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def local(t: Tensor) -> Tensor:
-    """The part of a tensor on this rank, sharing its memory; of a plain tensor all of it."""
+    """The part of a tensor on this rank, sharing its memory and cut off its graph; a plain tensor itself."""
     if not is_distributed(t):
         return t
-    part = t.detach().to_local()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        part = t.to_local()  # type: ignore[attr-defined]
     return part.wait() if hasattr(part, "wait") else part
 
 
