@@ -63,20 +63,20 @@ def data_parallel(model: SentenceClassifier) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def adapters_sharded(model: SentenceClassifier) -> nn.Module:
+def adapters_sharded(model: SentenceClassifier) -> Any:
     """Every process keeps the frozen weights whole, and its rows of what is trained."""
     frozen = {p for p in model.parameters() if not p.requires_grad}
     return fully_shard(model, reshard_after_forward=False, ignored_params=frozen)
 
 
-def all_sharded(model: SentenceClassifier) -> nn.Module:
+def all_sharded(model: SentenceClassifier) -> Any:
     """Every process keeps its rows of everything; a layer's weights are put together while it computes."""
     for layer in model.encoder.encoder.layer:  # type: ignore[union-attr]
         fully_shard(layer)
     return fully_shard(model)
 
 
-CONTESTANTS: dict[str, tuple[str, Callable[[SentenceClassifier], nn.Module]]] = {
+CONTESTANTS: dict[str, tuple[str, Callable[[SentenceClassifier], Any]]] = {
     "LoRA, AdamW, DDP": ("lora", data_parallel),
     "StelLA, adapters sharded": ("stella", adapters_sharded),
     "StelLA, all sharded": ("stella", all_sharded),

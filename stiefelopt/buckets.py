@@ -83,9 +83,9 @@ class Stack:
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
 
-    def _here(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What lies on this rank of tensors like the parameters."""
-        return tensors if self._shards is None else [self._shards.local(t) for t in tensors]
+        return list(tensors) if self._shards is None else [self._shards.local(t) for t in tensors]
 
     def _own(self, workspace: Tensor) -> Tensor:
         """What this rank stores of a workspace."""
@@ -118,7 +118,7 @@ class Stack:
             tensors = [t.to(workspace.dtype) for t in tensors]
         if self._flipped:
             tensors, own = [t.mT for t in tensors], own.mT
-        torch.stack(list(tensors), out=own)
+        torch.stack(tensors, out=own)
         if self._shards is not None:
             self._shards.complete(workspace)
 
