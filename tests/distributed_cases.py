@@ -11,13 +11,13 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
-import os
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
-from benchmarks.communication import Collectives
+from benchmarks.communication import Collectives, fork_ranks
 from stiefelopt import (
     BlockAdam,
     ConfigError,
@@ -830,7 +830,7 @@ FOLDER = Path()
 GIVE_UP = datetime.timedelta(seconds=40)
 
 
-def run_rank(rank: int, size: int, folder: Path, cases: Sequence[Case]) -> None:
+def run_rank(size: int, folder: Path, cases: Sequence[Case], rank: int) -> None:
     """Run the cases; where one fails on some ranks alone, the others wait for it until the group gives up."""
     global FOLDER
     FOLDER = folder
@@ -859,27 +859,11 @@ def run_rank(rank: int, size: int, folder: Path, cases: Sequence[Case]) -> None:
             return  # out of step
 
 
-def run_ranks(size: int, folder: Path, cases: Sequence[Case]) -> None:
-    """Fork a process for each rank and wait for them all: what is imported is imported once."""
-    folder.mkdir()
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            try:
-                run_rank(rank, size, folder, cases)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)  # gloo's own threads abort at random otherwise
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
-
-
 def main(folder: Path, names: Sequence[str]) -> None:
     for size, cases in PLAN:
-        run_ranks(size, folder / str(size), [c for c in cases if not names or c.__name__ in names])
+        chosen = [c for c in cases if not names or c.__name__ in names]
+        (folder / str(size)).mkdir()
+        fork_ranks(size, partial(run_rank, size, folder / str(size), chosen))
 
 
 if __name__ == "__main__":
