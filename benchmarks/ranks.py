@@ -187,7 +187,7 @@ def plot(
     for label, cost, colour in (
         ("Grams, ring", lambda n: 3 * wire.ring(payload, n), "#D55E00"),
         ("Grams, tree", lambda n: 3 * wire.tree(payload, n), "#0072B2"),
-        ("gathering the tall factors", lambda n: wire.gather(tall_bytes(16), n), "#999999"),
+        ("gathering the tall factors, at best", lambda n: wire.gather(tall_bytes(16), n), "#999999"),
     ):
         right.loglog(many, [1e3 * cost(n) for n in many], color=colour, label=label)
     right.set(xlabel="ranks", ylabel="communication of a step, ms")

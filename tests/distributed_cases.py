@@ -43,6 +43,7 @@ from stiefelopt import (
     StepError,
     Stiefel,
     adapt,
+    adapter_state_dict,
     attach,
     constrain,
     param_groups,
@@ -696,10 +697,26 @@ def models_begun_on_meta() -> None:
 
 
 @case
+def adapters_leave_a_sharded_model_whole() -> None:
+    for layer, options in (LAYERS[0], LAYERS[3]):
+        alone, model = network(layer, **options), fully(network(layer, **options))
+        for name, t in adapter_state_dict(model).items():
+            assert not isinstance(t, DTensor)
+            assert torch.equal(t, adapter_state_dict(alone)[name]), name
+        for ours, theirs in zip(model[0].to_lora(), alone[0].to_lora(), strict=True):
+            assert torch.equal(ours, theirs)
+        other = network(layer, seed=1, **options)
+        model[0].load_factors(other[0].factor_state())
+        assert torch.equal(whole(model[0].U), other[0].U)
+        with refused(ConfigError, "merge()", "before fully_shard"):
+            model[0].merge()
+
+
+@case
 def mixed_precision_clipping_and_accumulation() -> None:
     """Three micro-batches to a step, gradients reduced with the last, clipped by a norm over all ranks."""
 
-    def run(model: nn.Module, part: slice, sync: bool) -> RiemannianWrapper:
+    def run(model: Any, part: slice, sync: bool) -> RiemannianWrapper:
         optimizer = optimizer_for(model)
         for step in range(3):
             optimizer.zero_grad()

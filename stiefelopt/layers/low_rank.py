@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import is_distributed
+from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
 from ..shapes import HALF, without_autocast
 from .shared import SharedBase
@@ -179,9 +179,14 @@ class LowRankLinear(nn.Module):
         """U0 and V0, where something was taken out of the base weight."""
         return None if self.U0 is None or self.V0 is None else (self.U0, self.V0)
 
+    def _whole_factors(self) -> tuple[Tensor, Tensor]:
+        """U S and V with all their rows; gathered where they are sharded, which every rank must ask for."""
+        u, s, v = (whole(t) for t in (self.U, self.S, self.V))
+        return (u * s if self.diagonal else u @ s), v
+
     def _product(self) -> Tensor:
-        us = self.U * self.S if self.diagonal else self.U @ self.S
-        return self.scale * (us @ self.V.T)
+        us, v = self._whole_factors()
+        return self.scale * (us @ v.T)
 
     def _correction(self) -> Tensor | None:
         """What the initialization took out of the base weight, (out, in)."""
@@ -199,8 +204,8 @@ class LowRankLinear(nn.Module):
     @without_autocast
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k) with B A = `delta_weight`: k = r, or 2 r where the start was corrected."""
-        us = self.U * self.S if self.diagonal else self.U @ self.S
-        a, b = self.V.T.clone(), self.scale * us
+        us, v = self._whole_factors()
+        a, b = v.T.clone(), self.scale * us
         pair = self._corrected_by()
         if pair is not None and bool(pair[0].any()):
             a, b = torch.cat((a, pair[1].T)), torch.cat((b, -self.scale * pair[0]), 1)
@@ -295,12 +300,12 @@ class LowRankLinear(nn.Module):
         self.check_factors(state)
         self._correct(*(state[k].to(self.U) if k in state else None for k in ("U0", "V0")))
         for name in self.FACTORS:
-            getattr(self, name).copy_(state[name])
+            write_whole(getattr(self, name), state[name])
 
     def factor_state(self) -> dict[str, Tensor]:
-        """U, S, V, and U0, V0 where there are any, detached."""
+        """U, S, V, and U0, V0 where there are any, detached; sharded ones put together, on every rank."""
         tensors = {name: getattr(self, name) for name in (*self.FACTORS, "U0", "V0")}
-        return {name: t.detach() for name, t in tensors.items() if t is not None}
+        return {name: whole(t).detach() for name, t in tensors.items() if t is not None}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
