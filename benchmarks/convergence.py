@@ -144,7 +144,9 @@ class Race:
                     "test_loss": [None if r.test is None else r.test.cross_entropy for r in records],
                     "share_of_steps": self.shares(method),
                     "validation": [[(k, loss) for k, loss, _ in r.validation] for r in records],
-                    "halved": [[(k, loss) for k, loss, _ in r.validation] for r in self.halved.get(method, [])],
+                    "halved": [
+                        [(k, loss) for k, loss, _ in r.validation] for r in self.halved.get(method, [])
+                    ],
                 }
                 for method, records in self.records.items()
             },

@@ -245,7 +245,7 @@ class _Nudge(SGD):
     """Moves one entry of the first parameter, whatever the gradients are."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         p = self.param_groups[0]["params"][0]
         if not isinstance(p, DTensor):
             p[0, 0] += 0.1
