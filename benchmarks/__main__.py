@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "finetune-step": ("finetune", FINETUNE_STEP, "a whole fine-tuning step of every adapter"),
     "memory": ("memory", [], "what is held between steps and at the peak of one"),
     "scaling": ("scaling", [], "time and memory against n, p and the number of matrices"),
+    "ranks": ("ranks", [], "what the sharded step sends, and how that grows with the number of processes"),
     "gap": ("gap", [], "optimality gap against time on 2000 x 1500 and 2000 x 2000"),
     "finetune": ("finetune", [], "StelLA, RiemannLoRA and LoRA on real sentences: accuracy and time"),
     "convergence": ("convergence", [], "steps to LoRA's loss, rates tuned alike"),

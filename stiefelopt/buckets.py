@@ -7,7 +7,7 @@ small enough for the cache, so that the passes after the first cost little; on a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import RowSum, Shards, is_distributed, local
 from .errors import StepError
-from .gram import split
+from .gram import split, squared_norm
 from .manifolds.base import Carry
-from .placement import Placement
+from .placement import Placement, residual_of, sharding_of
 from .precision import Masters
 from .retractions import OpenSum
 from .shapes import HALF, compute_dtype, tolerance
@@ -51,48 +52,59 @@ class Stack:
     optimizer sees gradients laid out like its parameters; `xs` and `work` are tall views of them.
     """
 
-    def __init__(self, slots: Sequence[Slot], optimizer: Optimizer) -> None:
+    def __init__(self, slots: Sequence[Slot], optimizer: Optimizer, shards: Shards | None = None) -> None:
         self.slots = slots
         self.params = [s.p for s in slots]
         self._optimizer = optimizer
         self._masters = Masters(self.params, optimizer) if self.params[0].dtype in HALF else None
-        first = slots[0]
-        self.scale = first.placement.scale(first.p.shape)
+        self._shards = shards
+        p = self.params[0]
+        # What follows is this rank's part; which way the whole lies is said, since a part does not show it.
+        self._placement = slots[0].placement.oriented(p.shape)
+        self.scale = self._placement.scale(p.shape)
+        self.drift = tolerance(p.dtype, *(1, *self._placement.tall_shape(p.shape))[-2:])
         # Column-major parameters, as LAPACK's QR and SVD return them, are gathered as they lie.
-        self._flipped = is_flipped(first.p)
-        self._kind = first.p.dtype, first.p.shape
+        self._flipped = is_flipped(p)
+        self._kind = p.dtype, p.shape
+        here = self._here(self.params)
+        self._shape = p.shape if shards is not None and shards.is_gathered else here[0].shape
         self._points, self._work = self._workspace(), self._workspace()
         self.xs, self.work = self._tall(self._points), self._tall(self._work)
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
-        self._dense = self._flipped or all(p.is_contiguous() for p in self.params)
-        self._points_of, self._work_of = list(self._points), list(self._work)
-        self._grads = (
-            self._work_of
-            if self._dense
-            else [torch.empty_like(p, dtype=self._work.dtype) for p in self.params]
+        self._dense = self._flipped or all(t.is_contiguous() for t in here)
+        self._points_of, self._work_of = list(self._own(self._points)), list(self._own(self._work))
+        self._parts = (  # what the optimizer reads, on this rank
+            self._work_of if self._dense else [torch.empty_like(t, dtype=self._work.dtype) for t in here]
         )
+        self._grads = self._parts if shards is None else [shards.like_parameter(t) for t in self._parts]
         self._found_grads: list[Tensor | None] = []
         self._own_grads: list[Tensor | None] = []
         self._lent_versions = 0
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
 
+    def _here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What lies on this rank of tensors like the parameters."""
+        return list(tensors) if self._shards is None else [self._shards.local(t) for t in tensors]
+
+    def _own(self, workspace: Tensor) -> Tensor:
+        """What this rank stores of a workspace."""
+        return workspace if self._shards is None else self._shards.own(workspace)
+
     def _workspace(self) -> Tensor:
         """(k, *shape), each piece laid out like a parameter."""
-        p = self.params[0]
-        shape = (len(self.params), *(p.mT if self._flipped else p).shape)
-        space = torch.empty(shape, dtype=compute_dtype(p.dtype), device=p.device)
+        p, shape = self.params[0], self._shape[::-1] if self._flipped else self._shape
+        space = torch.empty((len(self.params), *shape), dtype=compute_dtype(p.dtype), device=p.device)
         return space.mT if self._flipped else space
 
     def _tall(self, workspace: Tensor) -> Tensor:
         """The workspace (k, *shape) as one stack (b, n, p), a view."""
-        placement, shape = self.slots[0].placement, self.params[0].shape
-        if placement.manifold.held == "tensor":
+        if self._placement.manifold.held == "tensor":
             return workspace
-        matrices = (
-            workspace if workspace.ndim == 3 else workspace.view(-1, *placement.matrix_shape(shape)[-2:])
-        )
-        return matrices.mT if placement.is_rows(shape) else matrices
+        *batch, rows, columns = self._placement.matrix_shape(self._shape)
+        count = len(self.params) * math.prod(batch)
+        matrices = workspace if workspace.ndim == 3 else workspace.view(count, rows, columns)
+        return matrices.mT if self._placement.is_rows(self._shape) else matrices
 
     def load(self) -> None:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
@@ -103,11 +115,14 @@ class Stack:
         self._gather(self._found_grads, self._work)  # type: ignore[arg-type]
 
     def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
+        tensors, own = self._here(tensors), self._own(workspace)
         if tensors[0].dtype != workspace.dtype:
             tensors = [t.to(workspace.dtype) for t in tensors]
         if self._flipped:
-            tensors, workspace = [t.mT for t in tensors], workspace.mT
-        torch.stack(list(tensors), out=workspace)
+            tensors, own = [t.mT for t in tensors], own.mT
+        torch.stack(tensors, out=own)
+        if self._shards is not None:
+            self._shards.complete(workspace)
 
     def lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
@@ -115,7 +130,7 @@ class Stack:
         if self._masters:
             self._masters.enter(list(self._points.clone()))
         if not self._dense:
-            torch._foreach_copy_(self._grads, self._work_of)
+            torch._foreach_copy_(self._parts, self._work_of)
         for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
             p.grad = grad if kept else None
         self._lent_versions = self._versions()
@@ -145,7 +160,7 @@ class Stack:
             torch.add(z, dz, out=self.work)
         elif z is not self.work:
             self.work.copy_(z)
-        torch._foreach_copy_(self.params, self._work_of)
+        torch._foreach_copy_(self._here(self.params), self._work_of)
         if self._masters:
             self._masters.keep(self._work_of, self._kept)
 
@@ -165,15 +180,19 @@ class Stack:
         self._gather(tensors, space)
         return self._tall(space)
 
+    def own_tall(self, tall: Tensor) -> Tensor:
+        """What this rank stores of a stack (b, n, p)."""
+        return tall if self._shards is None else self._shards.own(tall)
+
     def scatter_tall(self, tall: Tensor, tensors: Sequence[Tensor]) -> None:
         """A stack (b, n, p) back to parameter-shaped tensors."""
-        placement, shape = self.slots[0].placement, self.params[0].shape
-        flat = tall.mT if placement.is_rows(shape) else tall
-        torch._foreach_copy_(list(tensors), list(flat.reshape(-1, *shape)))
+        flat = tall.mT if self._placement.is_rows(self._shape) else tall
+        pieces = self._own(flat.reshape(len(self.params), *self._shape))
+        torch._foreach_copy_(self._here(tensors), list(pieces))
 
     def restore(self) -> None:
         """Put the parameters back to where they were when they were loaded."""
-        torch._foreach_copy_(self.params, self._points_of)
+        torch._foreach_copy_(self._here(self.params), self._points_of)
 
     def recover(self) -> None:
         """`return_gradients` and `restore` some time after the step has failed: what was set since then stays.
@@ -187,7 +206,7 @@ class Stack:
                 p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
         for p, stepped, x in zip(self.params, self._stepped, self._points_of, strict=True):
             if not self._is_set(stepped):
-                p.copy_(x)
+                local(p).copy_(x)
             elif stepped is not p:
                 p.copy_(stepped)
 
@@ -198,16 +217,13 @@ class Stack:
             return True
         if self._masters:
             return torch.equal(stepped.to(dtype).to(stepped.dtype), stepped)
-        placement = self.slots[0].placement
-        if not placement.manifold.recognized:
+        if not self._placement.manifold.recognized:
             return False
-        tall = placement.as_tall(stepped.detach())
-        residual = placement.manifold.residual(tall)  # type: ignore[attr-defined]
-        return bool((residual <= tolerance(dtype, *tall.shape[-2:])).all())
+        return residual_of(self.slots[0].label, [stepped], self._placement) <= self.drift
 
     def _versions(self) -> int:
         """Changes whenever a lent gradient is written to; views of one workspace count together."""
-        return self._grads[0]._version if self._dense else sum(g._version for g in self._grads)
+        return self._parts[0]._version if self._dense else sum(t._version for t in self._parts)
 
 
 class Bucket:
@@ -216,14 +232,17 @@ class Bucket:
     Where several parameters make a point, its stacks follow one another: U, S, V of one height, then of the next.
     """
 
-    def __init__(self, stacks: list[Stack]) -> None:
+    def __init__(self, stacks: list[Stack], over: RowSum | None = None) -> None:
         self.stacks = stacks
+        self._over = over
+        # How the manifold sums over ranks; nothing said where every row is here.
+        self._sharded: dict[str, RowSum] = {} if over is None else {"reduce": over}
         self._placement = stacks[0].slots[0].placement
         self.manifold = self._placement.manifold
         self._parts = self.manifold.parts
         self.xs = [s.xs for s in stacks]
         self.work = [s.work for s in stacks]
-        self._drift = max(tolerance(s.params[0].dtype, *s.xs.shape[-2:]) for s in stacks)
+        self._drift = max(stack.drift for stack in stacks)
         self._limit = torch.finfo(self.xs[0].dtype).max / (4 * self.xs[0].shape[-1])
 
     def convert_gradients(self) -> list[Slot]:
@@ -233,8 +252,12 @@ class Bucket:
         """
         for stack in self.stacks:
             stack.load()
-        k = self.manifold.stacked_gradient(self.xs, self.work, arriving=self._placement.gradient)  # type: ignore[attr-defined]
-        return self._non_finite(k)
+        return self._non_finite(self._make_riemannian(self.work))
+
+    def _make_riemannian(self, gs: Sequence[Tensor]) -> Tensor:
+        """Overwrite gradients by Riemannian ones; returns small matrices in which NaN and Inf show."""
+        manifold: Any = self.manifold
+        return manifold.stacked_gradient(self.xs, gs, arriving=self._placement.gradient, **self._sharded)
 
     def _non_finite(self, small: Tensor) -> list[Slot]:
         # The norm first: one pass without a copy. It overflows before the entries do, and NaN and Inf stay in it.
@@ -266,7 +289,7 @@ class Bucket:
         manifold: Any = self.manifold
         for stack in self.stacks:
             stack.load_moved()
-        overlap = manifold.stacked_overlap(self.xs, self.work)
+        overlap = manifold.stacked_overlap(self.xs, self.work, **self._sharded)
         bad = self._non_finite(overlap)
         if bad:
             if not skip_bad:
@@ -274,12 +297,14 @@ class Bucket:
             for stack in self.stacks:
                 stack.load_moved()
                 stack.reset_moved([i for i, slot in enumerate(stack.slots) if slot in bad])
-            overlap = manifold.stacked_overlap(self.xs, self.work)
+            overlap = manifold.stacked_overlap(self.xs, self.work, **self._sharded)
         if self._placement.needs_rate:
             overlap = self._directed(overlap)
         scales = [s.scale for s in self.stacks]
-        carry = manifold.stacked_transporter(self.xs, self.work, scales) if moments else None
-        ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift)
+        carry = None
+        if moments:
+            carry = manifold.stacked_transporter(self.xs, self.work, scales, **self._sharded)
+        ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift, **self._sharded)
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
         if carry is not None:
@@ -294,24 +319,26 @@ class Bucket:
         they are now. The gradient's is NaN once ``.grad`` is gone.
         """
         manifold: Any = self.manifold
-        moved = manifold.stacked_distance(self.xs, [s.gather_tall(s.params) for s in self.stacks])
+        ys = [s.gather_tall(s.params) for s in self.stacks]
+        moved = manifold.stacked_distance(self.xs, ys, **self._sharded)
         grads = [[p.grad for p in s.params] for s in self.stacks]
         if any(g is None for gs in grads for g in gs):
             return math.nan, moved
         stacked = [s.gather_tall(gs) for s, gs in zip(self.stacks, grads, strict=True)]  # type: ignore[arg-type]
-        manifold.stacked_gradient(self.xs, stacked, arriving=self._placement.gradient)
-        return sum(g.abs().square().sum().item() for g in stacked), moved
+        self._make_riemannian(stacked)
+        parts = [s.own_tall(g) for s, g in zip(self.stacks, stacked, strict=True)]
+        return squared_norm(parts, self._over), moved
 
     def _directed(self, overlap: Tensor) -> Tensor:
         """The displacement with what its group asks for beside the inner optimizer's step; returns its overlap."""
         manifold: Any = self.manifold
         rates = [stack.rate() for stack in self.stacks]
         if self._placement.direction == "spectral":
-            overlap = manifold.stacked_spectral(self.xs, self.work, overlap, rates)
+            overlap = manifold.stacked_spectral(self.xs, self.work, overlap, rates, **self._sharded)
         if self._placement.manifold_decay:
             shares = [stack.slots[0].placement.manifold_decay for stack in self.stacks]
             decays = [rate * share for rate, share in zip(rates, shares, strict=True)]
-            overlap = manifold.stacked_decay(self.xs, self.work, overlap, decays)
+            overlap = manifold.stacked_decay(self.xs, self.work, overlap, decays, **self._sharded)
         return overlap
 
     def _carry(self, carry: Carry | None, names: Sequence[str]) -> None:
@@ -338,27 +365,37 @@ def is_flipped(p: Tensor) -> bool:
 
 def make_buckets(points: Sequence[Point], optimizer: Optimizer) -> list[Bucket]:
     """Sort points into buckets and their stacks, keeping the order of parameters within each."""
-    families: dict[object, dict[object, list[Point]]] = {}
+    families: dict[tuple[Any, ...], dict[object, list[Point]]] = {}
     for point in points:
         p, placement = point[0].p, point[0].placement
-        width = placement.as_tall(p).shape[-1] if p.numel() else 0
+        # Everything is told from whole shapes, so that all ranks make the same buckets.
+        width = placement.tall_shape(p.shape)[-1]
+        over = sharding_of(point[0].label, [s.p for s in point], placement)
         # One small algebra serves a bucket: what decides its course must be the same for all.
         course = placement.gradient, placement.direction, placement.manifold_decay > 0
-        family = families.setdefault((placement.manifold, course, width, p.dtype, p.device), {})
-        height = tuple((s.p.shape, is_flipped(s.p)) for s in point)
+        family = families.setdefault((over, placement.manifold, course, width, p.dtype, p.device), {})
+        height = tuple((s.p.shape, is_flipped(s.p), getattr(s.p, "placements", None)) for s in point)
         rate = point[0].group if placement.needs_rate else None
         family.setdefault((placement, rate, height), []).append(point)
     return [
-        Bucket([Stack(slots, optimizer) for chunk in chunks for slots in zip(*chunk, strict=True)])
-        for heights in families.values()
-        for chunks in _fill(heights.values(), next(iter(heights.values()))[0][0].p.device)
+        Bucket([stack for chunk in chunks for stack in _stacks(chunk, optimizer)], over)
+        for (over, *_, device), heights in families.items()
+        for chunks in _fill(heights.values(), device, 1 if over is None else over.ranks)
     ]
 
 
-def _fill(heights: Iterable[list[Point]], device: torch.device) -> list[list[list[Point]]]:
-    """Cut runs of equal shape into pieces and the pieces into buckets of at most CPU_BUCKET_BYTES."""
+def _stacks(chunk: Sequence[Point], optimizer: Optimizer) -> Iterator[Stack]:
+    """A stack for each of the parameters that make a point."""
+    for part, slots in enumerate(zip(*chunk, strict=True)):
+        p, manifold = slots[0].p, slots[0].placement.manifold
+        shards = Shards(p, gathered=part in manifold.small_parts) if is_distributed(p) else None
+        yield Stack(slots, optimizer, shards)
+
+
+def _fill(heights: Iterable[list[Point]], device: torch.device, ranks: int) -> list[list[list[Point]]]:
+    """Cut runs of equal shape into pieces and the pieces into buckets of at most CPU_BUCKET_BYTES a rank."""
     buckets: list[list[list[Point]]] = [[]]
-    room = limit = CPU_BUCKET_BYTES if device.type == "cpu" else float("inf")
+    room = limit = CPU_BUCKET_BYTES * ranks if device.type == "cpu" else float("inf")
     for run in heights:
         size = max(1, sum(slot.p.numel() * slot.p.element_size() for slot in run[0]))
         while run:

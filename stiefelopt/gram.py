@@ -45,6 +45,20 @@ def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None) -> Tensor:
     return small if reduce is None else reduce(small)
 
 
+def grams(*pairs: tuple[Tall, Tall], reduce: Reduce | None = None) -> list[Tensor]:
+    """The `gram` of every pair, summed over the ranks all at once."""
+    found = [gram(xs, ys) for xs, ys in pairs]
+    if reduce is None:
+        return found
+    return list(reduce(torch.cat(found)).split([len(small) for small in found]))
+
+
+def squared_norm(tensors: Tall, reduce: Reduce | None = None) -> float:
+    """Sum of the squares of all entries. Cost: one pass, and a look at the result."""
+    total = torch.stack([t.abs().square().sum() for t in tensors]).sum(0, keepdim=True)
+    return (total if reduce is None else reduce(total)).item()
+
+
 def split(small: Tensor, like: Tall) -> tuple[Tensor, ...]:
     """Cut a batch (B, ...) into one piece per height."""
     return (small,) if len(like) == 1 else small.split([x.shape[0] for x in like])
@@ -95,15 +109,17 @@ def fold(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a @ t, b @ t
 
 
-def zero_matrices(us: Tall) -> Tensor | None:
+def zero_matrices(us: Tall, reduce: Reduce | None = None) -> Tensor | None:
     """Mask (B,) of the displacements that are exactly zero; on the CPU None when there is none.
 
     On an accelerator the mask is always returned, so that nothing waits for the device.
     """
-    return _mask_or_none(torch.cat([(u == 0).all(-1).all(-1) for u in us]))
+    return _mask_or_none(torch.cat([(u == 0).all(-1).all(-1) for u in us]), reduce)
 
 
-def unmoved_matrices(xs: Tall, ms: Tall, e: Tensor, drift: float) -> Tensor | None:
+def unmoved_matrices(
+    xs: Tall, ms: Tall, e: Tensor, drift: float, reduce: Reduce | None = None
+) -> Tensor | None:
     """Mask (B,) of the matrices whose moved copy m equals x bit for bit; on the CPU None when there is none.
 
     Args:
@@ -112,6 +128,7 @@ def unmoved_matrices(xs: Tall, ms: Tall, e: Tensor, drift: float) -> Tensor | No
         e: x^T m - I.
         drift: the largest |x^T x - I| there may be, and so |e| where m equals x. On the CPU the tall scan runs only
             if some e is that small.
+        reduce: sums a batch over ranks.
     """
     if e.device.type == "cpu" and e.numel():
         # Frobenius norms bound the largest entries from both sides, and cost a tenth of them.
@@ -119,10 +136,12 @@ def unmoved_matrices(xs: Tall, ms: Tall, e: Tensor, drift: float) -> Tensor | No
             return None
         if not bool(e.abs().amax((-2, -1)).amin() <= drift):
             return None
-    return _mask_or_none(torch.cat([(x == m).all(-1).all(-1) for x, m in zip(xs, ms, strict=True)]))
+    return _mask_or_none(torch.cat([(x == m).all(-1).all(-1) for x, m in zip(xs, ms, strict=True)]), reduce)
 
 
-def _mask_or_none(mask: Tensor) -> Tensor | None:
+def _mask_or_none(mask: Tensor, reduce: Reduce | None) -> Tensor | None:
+    if reduce is not None:  # set where it is set on all ranks
+        mask = reduce((~mask).to(torch.float32)) == 0
     return mask if mask.device.type != "cpu" or bool(mask.any()) else None
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import local, shared_generator, write_whole
 from .errors import ConfigError, NotOnManifoldError
 from .lora_pairs import lora_pairs
 from .manifolds import FixedRankPair, Manifold, carried, from_spec
-from .placement import Placement, check_parameter_shape, check_point, read_placement
+from .placement import Placement, check_parameter_shape, check_point, read_placement, sharding_of
 
 # Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
 # fully_shard, DDP, deepcopy and torch.compile.
@@ -51,7 +52,9 @@ def constrain(
         module: the module, or a parent of the one that holds the parameter.
         name: the parameter's name in it, dots allowed, for example "rnn.weight_hh_l0".
         manifold: a manifold or its spec.
-        init: "project" (to the nearest point), "random" (Haar) or "keep" (it must be a point already).
+        init: "project" (to the nearest point), "random" (Haar) or "keep" (it must be a point already). A sharded
+            parameter takes "random", the same point on all ranks whatever their seeds, or "keep"; one on the meta
+            device is declared, and gets its values later.
         orientation: "columns" or "rows"; default: tall -> columns, wide -> rows, square -> columns.
         view: above two dimensions, "matrix" or "batch"; see `RiemannianWrapper`.
         generator: for "random".
@@ -78,10 +81,8 @@ def constrain(
         raise ConfigError(f"init is {init!r}; use 'project', 'random' or 'keep'.")
     spec = manifold.spec()
     check_parameter_shape(name, p, placement)
-    if init == "keep":
-        check_point(name, [p], placement)
-    else:
-        p.copy_(_initial_point(name, p, placement, init, generator))
+    if not p.is_meta:  # else its values come later, as with torch.nn.init; the optimizer checks them
+        _start(name, p, placement, init, generator)
     declare(owner, leaf, manifold=spec, **keys)
     return module
 
@@ -97,16 +98,30 @@ def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
     return owner, leaf, p
 
 
+def _start(name: str, p: Tensor, placement: Placement, init: str, generator: torch.Generator | None) -> None:
+    """Give a parameter, or the part of it that lies here, its value."""
+    over = sharding_of(name, [p], placement)
+    if over is not None and init == "project":
+        raise ConfigError(
+            f"{name} is sharded, and init='project' needs the whole matrix: constrain it before fully_shard, or use "
+            f"'random' or 'keep'."
+        )
+    if init == "keep":
+        check_point(name, [p], placement)
+    else:
+        write_whole(p, _initial_point(name, p, placement, init, shared_generator(p, generator)))
+
+
 def _initial_point(
     name: str, p: Tensor, placement: Placement, init: str, generator: torch.Generator | None
 ) -> Tensor:
-    tall = placement.as_tall(p.detach())
     manifold: Any = placement.manifold
     if init == "random":
-        point = manifold.random_point(*tall.shape, dtype=p.dtype, device=p.device, generator=generator)
+        shape = placement.tall_shape(p.shape)
+        point = manifold.random_point(*shape, dtype=p.dtype, device=p.device, generator=generator)
     else:
         try:
-            point = manifold.project_point(tall)
+            point = manifold.project_point(placement.as_tall(local(p)))
         except NotOnManifoldError as error:
             raise NotOnManifoldError(f"parameter {name!r}: {error}") from None
     return (point.mT if placement.is_rows(p.shape) else point).reshape(p.shape)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .buckets import Bucket, Slot, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .manifolds import Manifold, carried, from_spec, may_carry
-from .placement import KEYS, Placement, check_point, point_of, read_placement, resolve_orientation
+from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
 from .shapes import without_autocast
 from .snapshot import Snapshot
 
@@ -162,7 +162,7 @@ class ManifoldStep:
     def residuals(self) -> dict[object, float]:
         """Distance from the constraint of every point, by the label of its first parameter."""
         return {
-            slots[0].label: _residual([s.p for s in slots], slots[0].placement)
+            slots[0].label: residual_of(slots[0].label, [s.p for s in slots], slots[0].placement)
             for slots in self.points()
             if slots[0].p.numel()
         }
@@ -325,10 +325,6 @@ def _check_default(group: Mapping[str, Any], index: int) -> None:
             f"group {index} names no manifold and holds parameters that carry their own, which the wrapper's default "
             f"would replace: build the groups with stiefelopt.param_groups(model), or name the group's manifold."
         )
-
-
-def _residual(params: Sequence[Tensor], placement: Placement) -> float:
-    return placement.manifold.residual(point_of(params, placement)).amax().item()  # type: ignore[attr-defined]
 
 
 def _plain(manifold: Manifold) -> object:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import RowSum, is_distributed, local, row_sum, sharded_dims, whole
 from .errors import ConfigError, NotOnManifoldError, ShapeError
 from .manifolds import Manifold, from_spec
-from .shapes import check_matrix
+from .shapes import HALF, check_matrix, tolerance
 
 KEYS = (
     "manifold",
@@ -60,6 +61,21 @@ class Placement:
             return False
         rows, columns = self.matrix_shape(shape)[-2:]
         return self.orientation == "rows" or (self.orientation == "auto" and rows < columns)
+
+    def oriented(self, shape: torch.Size) -> Placement:
+        """The same, with the orientation of a parameter of that shape said: a shard's own shape does not show it."""
+        return replace(self, orientation="rows" if self.is_rows(shape) else "columns")
+
+    def tall_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """(*b, n, p) of a parameter of that shape."""
+        found = self.matrix_shape(shape)
+        return (*found[:-2], found[-1], found[-2]) if self.is_rows(shape) else found
+
+    def tall_dims(self, shape: torch.Size) -> tuple[int, ...]:
+        """The parameter's dimensions that run along n, where cutting leaves rows of the tall matrix whole."""
+        if self.view == "matrix":
+            return tuple(range(1, len(shape))) if self.is_rows(shape) else (0,)
+        return (len(shape) - (1 if self.is_rows(shape) else 2),)
 
     def of_part(self, index: int) -> Placement:
         """The same for one of the parameters of a point: which way it lies is the manifold's choice."""
@@ -190,19 +206,99 @@ def check_point(label: object, params: Sequence[Tensor], placement: Placement) -
     """
     for i, p in enumerate(params):
         check_parameter_shape(label, p, placement.of_part(i))
+    manifold: Any = placement.manifold
     try:
-        placement.manifold.check(point_of(params, placement))  # type: ignore[attr-defined]
+        if sharding_of(label, params, placement) is None:
+            manifold.check(point_of(params, placement))
+        else:
+            _check_shards(label, params, placement)
     except NotOnManifoldError as error:
         raise NotOnManifoldError(f"{name_of(label)}: {error}") from None
     except ShapeError as error:
         raise ShapeError(f"{name_of(label)}: {error}") from None
 
 
+def _check_shards(label: object, params: Sequence[Tensor], placement: Placement) -> None:
+    manifold: Any = placement.manifold
+    residual = residual_of(label, params, placement)
+    allowed = max(tolerance(p.dtype, *placement.tall_shape(p.shape)[-2:]) for p in params)
+    if not residual <= allowed:
+        raise NotOnManifoldError(
+            f"max |x^T x - I| over all ranks is {residual:.2g}, and {allowed:.2g} is allowed: constrain the parameter "
+            f"before fully_shard, on ranks seeded alike (it broadcasts nothing), or make it anew with "
+            f"reset_parameters() or constrain(..., init='random') after it."
+        )
+    if manifold.small_parts:
+        manifold.check_small([whole(params[i]) for i in manifold.small_parts])
+
+
 def point_of(params: Sequence[Tensor], placement: Placement) -> Any:
     """The point that the parameters are: a matrix, or the manifold's tuple of several."""
     if placement.manifold.parts > 1:
-        return placement.manifold.point_type(*(p.detach() for p in params))
-    return placement.as_tall(params[0].detach())
+        return placement.manifold.point_type(*(local(p.detach()) for p in params))
+    return placement.as_tall(local(params[0].detach()))
+
+
+def residual_of(label: object, params: Sequence[Tensor], placement: Placement) -> float:
+    """Distance of a point from its constraint, the largest of a batch; the same number on every rank."""
+    manifold: Any = placement.manifold
+    over = sharding_of(label, params, placement)
+    if over is None:
+        return manifold.residual(point_of(params, placement)).amax().item()
+    stacks = [rows_here(p, placement) for p in params]
+    return manifold.stacked_residual(stacks, over).amax().item()
+
+
+def rows_here(p: Tensor, placement: Placement) -> Tensor:
+    """The rows of a sharded parameter's tall matrices that lie on this rank, as one stack (b, n, p)."""
+    tall = placement.oriented(p.shape).as_tall(local(p.detach()))
+    return tall.reshape(math.prod(tall.shape[:-2]), *tall.shape[-2:])
+
+
+def sharding_of(label: object, params: Sequence[Tensor], placement: Placement) -> RowSum | None:
+    """How Grams of a point are summed over the ranks; None where every rank has all of it.
+
+    Raises:
+        ConfigError: sharded in a way, or on a manifold, that would need whole matrices; half precision.
+    """
+    if not any(map(is_distributed, params)):
+        return None
+    name = name_of(label)
+    for p in params:
+        _check_cut(name, p, placement)
+    first, *others = (row_sum(p) for p in params)
+    if any(other != first for other in others):
+        raise ConfigError(
+            f"{name} and the other factors of its point are sharded in different ways; U, S and V must be cut along "
+            f"dimension 0 over the same ranks, as fully_shard does, or all be replicated."
+        )
+    obstacle = placement.manifold.whole_part()
+    if first is not None and obstacle is not None:
+        raise ConfigError(
+            f"{name} is sharded, and {obstacle} needs whole matrices, which the step does not gather: use a "
+            f"retraction of p x p algebra ('polar', 'qr', 'cayley', 'exp', 'newton_schulz'), or keep the parameter "
+            f"whole (fully_shard's ignored_params, Replicate())."
+        )
+    return first
+
+
+def _check_cut(name: str, p: Tensor, placement: Placement) -> None:
+    if is_distributed(p) and p.dtype in HALF:
+        raise ConfigError(
+            f"{name} is a {p.dtype} DTensor; keep parameters in float32 and compute in half precision: "
+            f"fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype={p.dtype}))."
+        )
+    allowed = placement.tall_dims(p.shape)
+    wrong = [dim for dim in sharded_dims(p).values() if dim not in allowed]
+    if wrong:
+        rows, columns = placement.matrix_shape(p.shape)[-2:]
+        how = f"cut along dimension {wrong[0]}" if wrong[0] >= 0 else "a sum over ranks (Partial)"
+        raise ConfigError(
+            f"{name}, {tuple(p.shape)}, is {how}; its {min(rows, columns)} orthonormal "
+            f"{'rows' if placement.is_rows(p.shape) else 'columns'} must be cut along the long side, dimension "
+            f"{allowed[0]}, to be stepped without gathering: fully_shard(..., shard_placement_fn=lambda p: "
+            f"Shard({allowed[0]})) where p is this parameter, or keep it whole (ignored_params, Replicate())."
+        )
 
 
 def name_of(label: object) -> str:
@@ -215,14 +311,14 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
 
     Raises:
         ShapeError: a vector, an integer or complex tensor, an orientation that does not fit.
-        ConfigError: more than two dimensions and no view, a sharded tensor.
+        ConfigError: more than two dimensions and no view.
     """
     name = name_of(label)
-    if hasattr(p, "device_mesh"):
-        raise ConfigError(
-            f"{name} is sharded (DTensor), which this version cannot step on a manifold; keep it replicated."
-        )
     if placement.manifold.held == "tensor":
+        if is_distributed(p):
+            raise ConfigError(
+                f"{name} is a DTensor, which a {type(placement.manifold).__name__} manifold cannot step; keep it whole."
+            )
         placement.manifold.check_shape(name, p)  # type: ignore[attr-defined]
         return
     if p.ndim < (1 if placement.manifold.vectors else 2):
@@ -248,7 +344,8 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
             f"{name} is {rows} x {columns}, and {min(rows, columns)} orthonormal {placement.orientation} at most fit: "
             f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out."
         )
-    check_matrix(name, placement.as_tall(p.detach()), wide=placement.manifold.wide)
+    like = torch.empty(placement.tall_shape(p.shape), dtype=p.dtype, device="meta")
+    check_matrix(name, like, wide=placement.manifold.wide)
 
 
 def resolve_orientation(placement: Placement, shapes: Iterable[torch.Size]) -> str:

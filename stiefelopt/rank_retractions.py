@@ -22,7 +22,7 @@ from torch import Tensor
 from . import core_svd
 from .core_svd import Coefficients
 from .errors import StepError
-from .gram import Reduce, Tall, combine, gram, identity_like
+from .gram import Reduce, Tall, combine, gram, grams, identity_like
 from .matfun import distance_from_identity, host_can_look, inverse_sqrt_increment, inverse_symmetric_root
 from .registry import Registry
 from .retractions import close, normalize, polar
@@ -162,8 +162,11 @@ def retract(
         be corrected. r x r algebra in float64: an SVD of 2r x 2r and two eigendecompositions and the singular values
         of r x r; the gauge by products, by two SVDs more after a long step.
     """
-    wu, wv = (None, None) if overlap is None else overlap
-    sides = [_Side(x.us, d.us, wu, reduce), _Side(x.vs, d.vs, wv, reduce)]
+    if overlap is None:
+        wu, qu, wv, qv = grams((x.us, d.us), (d.us, d.us), (x.vs, d.vs), (d.vs, d.vs), reduce=reduce)
+    else:
+        (wu, wv), (qu, qv) = overlap, grams((d.us, d.us), (d.vs, d.vs), reduce=reduce)
+    sides = [_Side(x.us, d.us, wu, qu, reduce), _Side(x.vs, d.vs, wv, qv, reduce)]
     c = x.s.double() + d.s.double()
     if host_can_look(c) and not bool(torch.isfinite(c).all()):
         raise StepError(NOT_FINITE)
@@ -182,19 +185,16 @@ def retract(
 class _Side:
     """One of the two tall factors: its points, its displacements and their products with each other."""
 
-    def __init__(self, xs: Tall, ds: Tall, w: Tensor | None, reduce: Reduce | None) -> None:
+    def __init__(self, xs: Tall, ds: Tall, w: Tensor, q: Tensor, reduce: Reduce | None) -> None:
         self.xs, self.ds, self._reduce = xs, ds, reduce
-        self._multiply(xs, ds, w)
+        self.w, self.q = w.double(), q.double()
         if host_can_look(self.w) and not bool(torch.isfinite(self.q).all()):
             raise StepError(NOT_FINITE)
 
-    def _multiply(self, xs: Tall, ds: Tall, w: Tensor | None = None) -> None:
-        self.w = (gram(xs, ds, self._reduce) if w is None else w).double()
-        self.q = gram(ds, ds, self._reduce).double()
-
     def square_in_float64(self) -> None:
         """The products again, without the rounding that a nearly dependent displacement or a small S blows up."""
-        self._multiply([x.double() for x in self.xs], [d.double() for d in self.ds])
+        xs, ds = [x.double() for x in self.xs], [d.double() for d in self.ds]
+        self.w, self.q = grams((xs, ds), (ds, ds), reduce=self._reduce)
 
     @property
     def h(self) -> Tensor:

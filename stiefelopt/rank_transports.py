@@ -13,7 +13,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from .gram import Tall, combine, gram, products
+from .gram import Reduce, Tall, combine, grams, products
 from .rank_retractions import Factors
 
 
@@ -23,11 +23,16 @@ class Turn:
 
     x: Factors
     y: Factors
+    reduce: Reduce | None = None
 
     @cached_property
-    def overlaps(self) -> tuple[Tensor, Tensor]:
+    def overlaps(self) -> list[Tensor]:
         """a = U^T U+ and c = V^T V+."""
-        return gram(self.x.us, self.y.us), gram(self.x.vs, self.y.vs)
+        return self.grams(self.x, self.y)
+
+    def grams(self, a: Factors, b: Factors) -> list[Tensor]:
+        """The products of the tall factors, summed over the ranks."""
+        return grams((a.us, b.us), (a.vs, b.vs), reduce=self.reduce)
 
 
 def transported(turn: Turn, v: Factors) -> Factors:
@@ -40,7 +45,7 @@ def transported(turn: Turn, v: Factors) -> Factors:
     """
     x, y = turn.x, turn.y
     a, c = turn.overlaps
-    b, d = gram(v.us, y.us), gram(v.vs, y.vs)
+    b, d = turn.grams(v, y)
     right, left = v.s @ c + d, v.s.mT @ a + b
     m = a.mT @ right + b.mT @ c
     up, vp = products(x.us, right), products(x.vs, left)
@@ -63,7 +68,7 @@ def spread(turn: Turn, v: Factors) -> Factors:
     a, c = turn.overlaps
     ru, rv = _turned(x.us, y.us, a), _turned(x.vs, y.vs, c)
     a, c = a.square(), c.square()
-    b, d = gram(v.us, ru), gram(v.vs, rv)
+    b, d = grams((v.us, ru), (v.vs, rv), reduce=turn.reduce)
     right, left = v.s @ c + d, v.s.mT @ a + b
     up, vp = products(v.us, c), products(v.vs, a)
     combine(up, ru, right, out=up)

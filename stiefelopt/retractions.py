@@ -27,6 +27,7 @@ from .gram import (
     combine,
     fold,
     gram,
+    grams,
     identity_like,
     keep_where,
     predicted_gram,
@@ -152,7 +153,7 @@ def close(sums: Sequence[OpenSum]) -> list[Tensor]:
 
 
 def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> list[Tensor]:
-    c, w, q = gram(xs, xs, reduce), gram(xs, us, reduce), gram(us, us, reduce)
+    c, w, q = grams((xs, xs), (xs, us), (us, us), reduce=reduce)
     far = distance_from_identity(q + identity_like(q))
     _check_radius(r, far)
     if far is not None and far > FAR and q.dtype == torch.float32:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import local
+
 
 class Snapshot:
     """Parameters, state and group settings of an optimizer. Tensors keep their identity, copies their memory."""
@@ -32,17 +34,17 @@ class Snapshot:
 
     def _copy(self, tensors: list[Tensor]) -> None:
         same = len(tensors) == len(self._tensors) and all(
-            a is b and a.shape == c.shape and a.dtype == c.dtype
+            a is b and local(a).shape == c.shape and a.dtype == c.dtype
             for a, b, c in zip(tensors, self._tensors, self._copies, strict=True)
         )
         if same:
-            torch._foreach_copy_(self._copies, tensors)
+            torch._foreach_copy_(self._copies, [local(t) for t in tensors])
         else:
-            self._tensors, self._copies = tensors, [t.detach().clone() for t in tensors]
+            self._tensors, self._copies = tensors, [local(t).detach().clone() for t in tensors]
 
     def put_back(self) -> None:
         """Let everything be what it was."""
-        torch._foreach_copy_([t.detach() for t in self._tensors], self._copies)
+        torch._foreach_copy_([local(t).detach() for t in self._tensors], self._copies)
         state = self._optimizer.state
         for p in list(state):
             if p not in self._state:

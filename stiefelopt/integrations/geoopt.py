@@ -247,7 +247,9 @@ class Geoopt(Manifold):
             raise StepError(f"{manifold} cannot retract so long a step; lower the learning rate or clip")
         return y
 
-    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+    def stacked_transporter(
+        self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
+    ) -> Carrier | None:
         """What carries first moments to the new points; None for "none"."""
         if self.transport == "none":
             return None
@@ -257,7 +259,7 @@ class Geoopt(Manifold):
 
         return Carrier(carry)
 
-    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+    def stacked_distance(self, xs: Tall, ys: Tall, reduce: Reduce | None = None) -> float:
         """Sum of ||y - x||_F^2."""
         return sum((y - x).abs().square().sum().item() for x, y in zip(xs, ys, strict=True))
 

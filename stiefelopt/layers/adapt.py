@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from ..errors import ConfigError
 from .low_rank import LowRankLinear, check_options, linear_sizes
 from .shared import SharedBase
@@ -223,7 +224,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for key, t in module.factor_state().items()
     }
     for name, saved in saved_modules(model).items():
-        state.update({f"{name}.{key}": t.detach() for key, t in saved.state_dict().items()})
+        state.update({f"{name}.{key}": whole(t).detach() for key, t in saved.state_dict().items()})
     return {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
 
 

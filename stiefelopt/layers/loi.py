@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_distributed
 from ..errors import ConfigError, StepError
 from .adapt import adapted_layers
 from .riemann_lora import RiemannLoRALinear, check_scale
@@ -77,6 +78,12 @@ def loi_init(
     check_scale(scale)
     for layer in layers.values():
         layer.require_own_weight()
+    sharded = next((name for name, layer in layers.items() if is_distributed(layer.U)), None)
+    if sharded is not None:
+        raise ConfigError(
+            f"{sharded} is sharded, and loi_init needs whole layers: call it before fully_shard, on every rank "
+            f"with the same batches and generator."
+        )
     passes = 2 * (power_iterations + 1) * len(closures)
     with _Probing(layers) as probing, _progress(passes, progress) as advance:
         starts = probing.singular_vectors(closures, oversample, power_iterations, generator, advance)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
 from ..shapes import HALF, without_autocast
 from .shared import SharedBase
@@ -178,9 +179,14 @@ class LowRankLinear(nn.Module):
         """U0 and V0, where something was taken out of the base weight."""
         return None if self.U0 is None or self.V0 is None else (self.U0, self.V0)
 
+    def _whole_factors(self) -> tuple[Tensor, Tensor]:
+        """U S and V with all their rows; gathered where they are sharded, which every rank must ask for."""
+        u, s, v = (whole(t) for t in (self.U, self.S, self.V))
+        return (u * s if self.diagonal else u @ s), v
+
     def _product(self) -> Tensor:
-        us = self.U * self.S if self.diagonal else self.U @ self.S
-        return self.scale * (us @ self.V.T)
+        us, v = self._whole_factors()
+        return self.scale * (us @ v.T)
 
     def _correction(self) -> Tensor | None:
         """What the initialization took out of the base weight, (out, in)."""
@@ -198,8 +204,8 @@ class LowRankLinear(nn.Module):
     @without_autocast
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k) with B A = `delta_weight`: k = r, or 2 r where the start was corrected."""
-        us = self.U * self.S if self.diagonal else self.U @ self.S
-        a, b = self.V.T.clone(), self.scale * us
+        us, v = self._whole_factors()
+        a, b = v.T.clone(), self.scale * us
         pair = self._corrected_by()
         if pair is not None and bool(pair[0].any()):
             a, b = torch.cat((a, pair[1].T)), torch.cat((b, -self.scale * pair[0]), 1)
@@ -214,6 +220,7 @@ class LowRankLinear(nn.Module):
         tied embedding) stays as it is there.
         """
         if not self.merged:
+            self._check_base_is_whole("merge()", ", or merge in a copy that was loaded from the full state")
             self._kept["unmerged"] = self._replace_weight(
                 self._product() if self.folds else self.delta_weight()
             )
@@ -240,11 +247,20 @@ class LowRankLinear(nn.Module):
         )
         return old
 
+    def _check_base_is_whole(self, what: str, way_out: str = "") -> None:
+        """Refuse what reads or changes the whole base weight of a sharded layer."""
+        if is_distributed(self.weight):
+            raise ConfigError(
+                f"{what} needs the whole base weight, which is sharded: do it before fully_shard{way_out}."
+            )
+
     @torch.no_grad()
     @without_autocast
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
         """Take scale u v^T out of the original base weight, in place of what was taken out before."""
         self.require_own_weight()
+        if self.folds and (u is not None or self._kept or self.U0 is not None):
+            self._check_base_is_whole("a correction of the base weight")
         self.unmerge()
         if "original" in self._kept:
             self.base.weight = self._kept.pop("original")
@@ -284,12 +300,12 @@ class LowRankLinear(nn.Module):
         self.check_factors(state)
         self._correct(*(state[k].to(self.U) if k in state else None for k in ("U0", "V0")))
         for name in self.FACTORS:
-            getattr(self, name).copy_(state[name])
+            write_whole(getattr(self, name), state[name])
 
     def factor_state(self) -> dict[str, Tensor]:
-        """U, S, V, and U0, V0 where there are any, detached."""
+        """U, S, V, and U0, V0 where there are any, detached; sharded ones put together, on every rank."""
         tensors = {name: getattr(self, name) for name in (*self.FACTORS, "U0", "V0")}
-        return {name: t.detach() for name, t in tensors.items() if t is not None}
+        return {name: whole(t).detach() for name, t in tensors.items() if t is not None}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -300,7 +316,8 @@ class LowRankLinear(nn.Module):
         """
         saved = [state_dict.get(prefix + name) for name in ("U0", "V0")]
         own = [
-            None if t is None else torch.empty_like(f) for t, f in zip(saved, (self.U, self.V), strict=True)
+            None if t is None else torch.empty(f.shape, dtype=f.dtype, device=f.device)
+            for t, f in zip(saved, (self.U, self.V), strict=True)
         ]
         adapter = all(prefix + name in state_dict for name in self.FACTORS)
         if prefix + "base.weight" in state_dict and (adapter or self.folds):

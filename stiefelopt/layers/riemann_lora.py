@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import shared_generator, write_whole
 from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
@@ -178,6 +179,7 @@ class RiemannLoRALinear(LowRankLinear):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start again at random U and V; a correction of the base weight is undone first."""
+        generator = shared_generator(self.U, generator)
         u, v = (
             f if f.is_meta else Stiefel().random_point(*f.shape, dtype=f.dtype, generator=generator)
             for f in (self.U, self.V)
@@ -188,13 +190,16 @@ class RiemannLoRALinear(LowRankLinear):
     def start_at(self, u: Tensor, v: Tensor, scale: float | None = None) -> None:
         """Start at scale u v^T, u (out, r) and v (in, r) orthonormal; the function is the base's, but with "none"."""
         self.start = self.start if scale is None else scale
+        if self.correction == "fold":
+            self._check_base_is_whole("correction='fold'", ", or use correction='keep'")
         self._correct(None, None)
         self.folds = self.correction == "fold"  # a loaded state may have been the other way
-        self.U.copy_(u)
-        self.V.copy_(v)
-        self.S.copy_(self.start * torch.eye(self.r, dtype=self.S.dtype, device=self.S.device))
+        write_whole(self.U, u)
+        write_whole(self.V, v)
+        write_whole(self.S, self.start * torch.eye(self.r, dtype=self.S.dtype))
         if self.correction != "none":
-            self._correct(self.start * self.U, self.V)
+            u, v = (t.to(self.U.device, self.U.dtype) for t in (u, v))
+            self._correct(self.start * u, v)
 
     def factors_from(self, u: Tensor, s: Tensor, v: Tensor) -> dict[str, Tensor]:
         """As in the base class; where rank is missing, S gets the start's size and the correction takes it out.

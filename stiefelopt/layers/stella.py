@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import shared_generator, write_whole
 from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import Stiefel
@@ -88,23 +89,27 @@ class StelLALinear(LowRankLinear):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the factors again; a correction of the base weight is undone first."""
+        if self.init in ("pseudo-zero", "svd-major", "svd-minor"):
+            self._check_base_is_whole(f"init={self.init!r}")
         self._correct(None, None)
         self.folds = self.correction == "fold"  # a loaded state may have been the other way
         if self.init.startswith("svd") and not self.U.is_meta:
             self._set_singular_vectors(leading=self.init == "svd-major")
         else:
-            for factor in (self.U, self.V):
-                if not factor.is_meta:
-                    point = Stiefel().random_point(*factor.shape, dtype=factor.dtype, generator=generator)
-                    factor.copy_(point)
-        one = (
-            torch.ones_like(self.S)
-            if self.diagonal
-            else torch.eye(self.r, dtype=self.S.dtype, device=self.S.device)
-        )
-        self.S.copy_(torch.zeros_like(self.S) if self.init == "zero" else one)
+            self._set_random_bases(generator)
+        one = torch.ones(self.r) if self.diagonal else torch.eye(self.r)
+        write_whole(self.S, torch.zeros_like(one) if self.init == "zero" else one)
         if self.init == "pseudo-zero":
             self._correct(self.U, self.V)
+
+    def _set_random_bases(self, generator: torch.Generator | None) -> None:
+        if self.U.is_meta:
+            return
+        generator = shared_generator(self.U, generator)
+        for factor in (self.U, self.V):
+            write_whole(
+                factor, Stiefel().random_point(*factor.shape, dtype=factor.dtype, generator=generator)
+            )
 
     def _set_singular_vectors(self, *, leading: bool) -> None:
         weight = self.weight.T if self.fan_in_fan_out else self.weight

@@ -47,6 +47,7 @@ class Manifold:
         wide: whether a point may have fewer rows than columns.
         recognized: whether a point can be told from what an inner optimizer's step makes of it, one parameter at a
             time.
+        small_parts: which of them are p x p, and whole on every rank when the others are sharded.
     """
 
     parts: ClassVar[int] = 1
@@ -58,11 +59,19 @@ class Manifold:
     vectors: ClassVar[bool] = False
     wide: ClassVar[bool] = False
     recognized: ClassVar[bool] = True
+    small_parts: ClassVar[tuple[int, ...]] = ()
 
     @staticmethod
     def fits(shape: tuple[int, ...]) -> tuple[int, ...]:
         """A shape of points near to the shape (*b, n, p) of a tall matrix: where the laws can be tried."""
         return shape
+
+    def whole_part(self) -> str | None:
+        """What of this manifold needs whole matrices, in words; None where sums over ranks of p x p products do.
+
+        A manifold that says None takes ``reduce`` in all its stacked functions, and has ``stacked_residual``.
+        """
+        return type(self).__name__
 
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""

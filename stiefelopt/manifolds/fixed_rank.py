@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import rank_retractions
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, combine, gram, keep_where, products, split, zero_matrices
+from ..gram import Reduce, Tall, combine, gram, grams, keep_where, products, split, zero_matrices
 from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
 from ..retractions import OpenSum
@@ -60,6 +60,7 @@ class FixedRank(Manifold):
     point_type: ClassVar[Any] = USV
     gradients: ClassVar[tuple[str, ...]] = ("factors", "projected")
     recognized: ClassVar[bool] = False  # one factor says nothing of its point
+    small_parts: ClassVar[tuple[int, ...]] = (1,)
 
     retraction: str = "svd"
     transport: str = "projection"
@@ -76,13 +77,21 @@ class FixedRank(Manifold):
                 f"FixedRank(floor={self.floor!r}); a number in [0, 1) is needed, for example 1e-3."
             )
 
+    def whole_part(self) -> None:
+        """Nothing: every retraction is a function of r x r matrices."""
+
     # Points
 
     @without_autocast
     def residual(self, x: USV) -> Tensor:
         """max of |U^T U - I| and |V^T V - I|, (*b,)."""
         x = _checked("x", x)
-        return torch.maximum(Stiefel().residual(x.U), Stiefel().residual(x.V))
+        return self.stacked_residual(_stacks(_flatten(x))).reshape(x.S.shape[:-2])
+
+    def stacked_residual(self, xs: Tall, reduce: Reduce | None = None) -> Tensor:
+        """`residual` of stacks U, S, V of one height after the other, (B,)."""
+        x = _factors(xs)
+        return Stiefel().stacked_residual([*x.us, *x.vs], reduce).view(2, -1).amax(0)
 
     def check(self, x: USV) -> None:
         """Refuse what is not a point.
@@ -97,13 +106,22 @@ class FixedRank(Manifold):
                 Stiefel().check(factor)
             except NotOnManifoldError as error:
                 raise NotOnManifoldError(str(error).replace("x has", f"{name} has", 1)) from None
-        if x.S.numel() == 0:
+        self.check_small([x.S])
+
+    def check_small(self, parts: Sequence[Tensor]) -> None:
+        """Refuse an S (*b, r, r) that no point has.
+
+        Raises:
+            NotOnManifoldError: singular or not finite.
+        """
+        (s,) = parts
+        if s.numel() == 0:
             return
-        if not bool(torch.isfinite(x.S).all()):
+        if not bool(torch.isfinite(s).all()):
             raise NotOnManifoldError("S holds NaN or Inf; look where it was made.")
-        values = torch.linalg.svdvals(x.S.double())
+        values = torch.linalg.svdvals(s.double())
         ratio = (values[..., -1] / values[..., 0]).nan_to_num().min().item()
-        if not ratio > torch.finfo(compute_dtype(x.S.dtype)).eps:
+        if not ratio > torch.finfo(compute_dtype(s.dtype)).eps:
             raise NotOnManifoldError(
                 f"S is singular (its smallest singular value is {ratio:.2g} of the largest), and a point has rank r "
                 f"exactly: start from a small multiple of an orthogonal S instead of zero, or use a smaller rank."
@@ -288,7 +306,7 @@ class FixedRank(Manifold):
         overlap: tuple[Tensor, Tensor] | None = None,
         reduce: Reduce | None = None,
     ) -> Factors:
-        still = _is_zero(d)
+        still = _is_zero(d, reduce)
         retraction = rank_retractions.get(self.retraction)
         y = rank_retractions.retract(retraction, x, d, overlap=overlap, floor=self.floor, reduce=reduce)
         if still is None:
@@ -331,7 +349,9 @@ class FixedRank(Manifold):
         y = self._retract(_factors(xs), _factors(ms), overlap, reduce)
         return [(t, None) for t in _stacks(y)]
 
-    def stacked_spectral(self, xs: Tall, ds: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+    def stacked_spectral(
+        self, xs: Tall, ds: Tall, e: Tensor, rates: Sequence[float], reduce: Reduce | None = None
+    ) -> Tensor:
         r"""Give every displacement, made tangent, the singular values rate and project; returns the overlap.
 
         With hu = Up^T Up and hv = Vp^T Vp the tangent matrix is [U, Qu] core [V, Qv]^T, core = [[M, hv^(1/2)],
@@ -341,30 +361,36 @@ class FixedRank(Manifold):
         x, d = _factors(xs), _factors(ds)
         wu, wv = _overlap(e)
         us, vs = combine(d.us, x.us, wu, alpha=-1.0), combine(d.vs, x.vs, wv, alpha=-1.0)
+        hu, hv = grams((us, us), (vs, vs), reduce=reduce)
         m, up, vp = rank_retractions.spectral(
-            d.s.double(), gram(us, us).double(), gram(vs, vs).double(), torch.finfo(x.s.dtype).eps
+            d.s.double(), hu.double(), hv.double(), torch.finfo(x.s.dtype).eps
         )
         rate = torch.cat([m.new_full((len(s),), lr) for s, lr in zip(xs[1::3], rates[1::3], strict=True)])
         m, up, vp = ((rate[:, None, None] * t).to(x.s.dtype) for t in (m, up, vp))
         _write(Factors(products(us, up), m, products(vs, vp)), ds)
-        return _shown(x, _factors(ds), None)
+        return _shown(x, _factors(ds), reduce)
 
-    def stacked_decay(self, xs: Tall, ds: Tall, e: Tensor, decays: Sequence[float]) -> Tensor:
+    def stacked_decay(
+        self, xs: Tall, ds: Tall, e: Tensor, decays: Sequence[float], reduce: Reduce | None = None
+    ) -> Tensor:
         """Add -decay W to every displacement; returns the overlap."""
         for s, m, decay in zip(xs[1::3], ds[1::3], decays[1::3], strict=True):
             m.sub_(s, alpha=decay)
         wu, wv = _overlap(e)
         return torch.cat((wu, _factors(ds).s, wv), -1)
 
-    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+    def stacked_distance(self, xs: Tall, ys: Tall, reduce: Reduce | None = None) -> float:
         """Sum of ||W+ - W||_F^2 as [U+ S+ - U S, U S] [V+, V+ - V]^T, in which nothing cancels."""
         x, y = _factors(xs), _factors(ys)
         before, after = products(x.us, x.s), products(y.us, y.s)
         left = [torch.cat((b - a, a), -1) for a, b in zip(before, after, strict=True)]
         right = [torch.cat((b, b - a), -1) for a, b in zip(x.vs, y.vs, strict=True)]
-        return (gram(left, left) * gram(right, right)).sum().item()
+        a, b = grams((left, left), (right, right), reduce=reduce)
+        return (a * b).sum().item()
 
-    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+    def stacked_transporter(
+        self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
+    ) -> Carrier | None:
         """What carries moments from the stacks xs to the new ones; None for "none"."""
         if self.transport == "none":
             return None
@@ -373,7 +399,7 @@ class FixedRank(Manifold):
         def turn(index: Sequence[int], ys: Tall) -> Turn:
             key = tuple(index)
             if key not in turns:
-                turns[key] = Turn(_factors([xs[i] for i in index]), _factors(ys))
+                turns[key] = Turn(_factors([xs[i] for i in index]), _factors(ys), reduce)
             return turns[key]
 
         return Carrier(
@@ -382,11 +408,12 @@ class FixedRank(Manifold):
         )
 
 
-def _is_zero(d: Factors) -> Tensor | None:
+def _is_zero(d: Factors, reduce: Reduce | None) -> Tensor | None:
     """Mask (B,) of the displacements that are exactly zero; on the CPU None when there is none."""
     mask = None
-    for part in ([d.s], d.us, d.vs):  # S first, which mostly settles it without a look at the tall parts
-        zero = zero_matrices(part)
+    # S first, which is whole on every rank and mostly settles it without a look at the tall parts.
+    for part, over in (([d.s], None), (d.us, reduce), (d.vs, reduce)):
+        zero = zero_matrices(part, over)
         if zero is None:
             return None
         mask = zero if mask is None else mask & zero
@@ -394,7 +421,8 @@ def _is_zero(d: Factors) -> Tensor | None:
 
 
 def _shown(x: Factors, z: Factors, reduce: Reduce | None) -> Tensor:
-    return torch.cat((gram(x.us, z.us, reduce), z.s, gram(x.vs, z.vs, reduce)), -1)
+    u, v = grams((x.us, z.us), (x.vs, z.vs), reduce=reduce)
+    return torch.cat((u, z.s, v), -1)
 
 
 def _overlap(shown: Tensor) -> tuple[Tensor, Tensor]:

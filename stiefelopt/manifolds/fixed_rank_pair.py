@@ -74,6 +74,7 @@ class FixedRankPair(Manifold):
     layout: ClassVar[str] = "pairs A, B of shapes (*b, r, n), (*b, m, r)"
     lies: ClassVar[tuple[str, ...]] = ("rows", "columns")
     point_type: ClassVar[Any] = AB
+    recognized: ClassVar[bool] = False  # one factor says nothing of its point
 
     transport: str = "projection"
 

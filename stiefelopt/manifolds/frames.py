@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, gram, identity_like, split, unmoved_matrices
+from ..gram import Reduce, Tall, gram, identity_like, split, squared_norm, unmoved_matrices
 from ..matfun import inverse_symmetric_root
 from ..retractions import OpenSum, normalize
 from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance, without_autocast
@@ -68,14 +68,29 @@ class Frames(Manifold):
     def _dim(self, n: int, p: int) -> int:
         """Dimension of the manifold of single points (n, p)."""
 
+    def whole_part(self) -> str | None:
+        """The part of ambient form, if there is one."""
+        parts: dict[str, Any] = {
+            "retraction": self.retraction_part,
+            "projection": self._projection,
+            "transport": self._transport,
+        }
+        found = [
+            f"{option} {p.name!r}" for option, p in parts.items() if p is not None and p.form == "ambient"
+        ]
+        return found[0] if found else None
+
     # Points
 
     @without_autocast
     def residual(self, x: Tensor) -> Tensor:
         """max |x^T x - I| of every matrix, (*b,), in the compute dtype."""
-        (xs,) = as_stacks(x=x)
-        c = gram([xs], [xs])
-        return (c - identity_like(c)).abs().amax((-2, -1)).reshape(x.shape[:-2])
+        return self.stacked_residual(as_stacks(x=x)).reshape(x.shape[:-2])
+
+    def stacked_residual(self, xs: Tall, reduce: Reduce | None = None) -> Tensor:
+        """`residual` of stacks, (B,)."""
+        c = gram(xs, xs, reduce)
+        return (c - identity_like(c)).abs().amax((-2, -1))
 
     def check(self, x: Tensor) -> None:
         """Refuse what is not a point.
@@ -227,7 +242,7 @@ class Frames(Manifold):
             drift: the largest |x^T x - I| there may be.
             reduce: sums a batch over ranks.
         """
-        unmoved = unmoved_matrices(xs, ms, e, drift)
+        unmoved = unmoved_matrices(xs, ms, e, drift, reduce)
         projection, retraction = self._projection, self.retraction_part
         if unmoved is None and projection is self._tangent and retraction.form == "normalizer":
             return normalize(_projected(xs, ms, projection.function(e), scales), retraction, reduce)
@@ -236,13 +251,15 @@ class Frames(Manifold):
             ds = projection.apply(xs, ds, reduce=reduce, out=ds)
         return [(y, None) for y in retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
 
-    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+    def stacked_transporter(
+        self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
+    ) -> Carrier | None:
         """What carries first moments from the stacks xs to the new ones, made before `stacked_move` overwrites ms."""
         transport = self._transport
         if transport is None:
             return None
         if transport.form == "gram":
-            return Carrier(lambda index, ys, vs: transport.apply(ys, ys, ys, vs))
+            return Carrier(lambda index, ys, vs: transport.apply(ys, ys, ys, vs, reduce))
         us = _scaled_displacements(xs, ms, scales)
         if self._projection is not None:
             us = self._projection.apply(xs, us)
@@ -250,21 +267,23 @@ class Frames(Manifold):
             lambda index, ys, vs: transport.apply([xs[i] for i in index], [us[i] for i in index], ys, vs)
         )
 
-    def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+    def stacked_spectral(
+        self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float], reduce: Reduce | None = None
+    ) -> Tensor:
         """Give every displacement, made tangent, the singular values rate instead of its own; returns the overlap.
 
         Reference: SPEL and Muon, whose direction this is: msign(u) = u (u^T u)^(-1/2).
         """
-        us = self._tangent.apply(xs, _scaled_displacements(xs, ms, [1.0] * len(xs)))
+        us = self._tangent.apply(xs, _scaled_displacements(xs, ms, [1.0] * len(xs)), reduce=reduce)
         eps = torch.finfo(us[0].dtype).eps
-        roots = split(inverse_symmetric_root(torch.linalg.eigh(gram(us, us).double()), eps), us)
+        roots = split(inverse_symmetric_root(torch.linalg.eigh(gram(us, us, reduce).double()), eps), us)
         for x, m, u, root, rate in zip(xs, ms, us, roots, rates, strict=True):
             torch.baddbmm(x, u, root.to(u.dtype), alpha=rate, out=m)
-        return self.stacked_overlap(xs, ms)
+        return self.stacked_overlap(xs, ms, reduce)
 
-    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+    def stacked_distance(self, xs: Tall, ys: Tall, reduce: Reduce | None = None) -> float:
         """Sum of ||y - x||_F^2."""
-        return sum((y - x).square().sum().item() for x, y in zip(xs, ys, strict=True))
+        return squared_norm([y - x for x, y in zip(xs, ys, strict=True)], reduce)
 
 
 def _scaled_displacements(

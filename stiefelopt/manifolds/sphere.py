@@ -181,9 +181,11 @@ class UnitVectors(OneMetric):
         )
         return [(self._unstacked(y, x), None) for y, x in zip(close(moved), xs, strict=True)]
 
-    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+    def stacked_transporter(
+        self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
+    ) -> Carrier | None:
         """What carries first moments to the new points, by projection."""
-        inner = self._one.stacked_transporter(self._stacks(xs), self._stacks(ms), scales)
+        inner = self._one.stacked_transporter(self._stacks(xs), self._stacks(ms), scales, reduce)
         if inner is None:
             return None
 
@@ -193,16 +195,18 @@ class UnitVectors(OneMetric):
 
         return Carrier(carry)
 
-    def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+    def stacked_spectral(
+        self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float], reduce: Reduce | None = None
+    ) -> Tensor:
         """Give the displacement of every vector, made tangent, the length rate; returns the overlap."""
         seen = self._stacks(ms)
-        shown = self._one.stacked_spectral(self._stacks(xs), seen, e.reshape(-1, 1, 1), rates)
+        shown = self._one.stacked_spectral(self._stacks(xs), seen, e.reshape(-1, 1, 1), rates, reduce)
         self._write(seen, ms)
         return self._per_matrix(shown, xs)
 
-    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+    def stacked_distance(self, xs: Tall, ys: Tall, reduce: Reduce | None = None) -> float:
         """Sum of ||y - x||_F^2."""
-        return self._one.stacked_distance(xs, ys)
+        return self._one.stacked_distance(xs, ys, reduce)
 
     def _unstacked(self, y: Tensor, like: Tensor) -> Tensor:
         return self._back(y.unflatten(0, (len(like), -1)), like.shape)

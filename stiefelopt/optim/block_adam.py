@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..distributed import whole
 from ..errors import ConfigError
 
 
@@ -60,6 +61,6 @@ def _step(p: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[s
     state["step"] += 1
     k = state["step"].item()
     state["exp_avg"].lerp_(g, 1 - b1)
-    state["norm_sq"].lerp_(g.square().sum(), 1 - b2)
+    state["norm_sq"].lerp_(whole(g.square().sum()), 1 - b2)
     root = (state["norm_sq"] / (1 - b2**k)).sqrt() + group["eps"]
     p.sub_(state["exp_avg"] * (float(group["lr"]) / ((1 - b1**k) * root)))
