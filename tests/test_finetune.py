@@ -307,7 +307,7 @@ def test_help_reads_well(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "None" not in shown
-    assert all(name in shown for name in METHODS)
+    assert all(name in "".join(shown.split()) for name in METHODS)  # argparse breaks lines at hyphens
 
 
 def test_defaults_are_the_demo():

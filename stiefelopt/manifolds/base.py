@@ -53,7 +53,7 @@ class Manifold:
     parts: ClassVar[int] = 1
     layout: ClassVar[str] = ""
     lies: ClassVar[tuple[str, ...]] = ()
-    point_type: ClassVar[Any]
+    point_type: ClassVar[Any] = None
     gradients: ClassVar[tuple[str, ...]] = ("factors",)
     held: ClassVar[str] = "matrix"
     vectors: ClassVar[bool] = False
