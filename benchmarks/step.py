@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     # A pipe has no width of its own; the table needs about this much.
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     folder = results_dir(options.output)
     facts = environment(torch.float32, options.device, PEER_PACKAGES)
     machine = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}"
