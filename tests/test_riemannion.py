@@ -641,3 +641,18 @@ def test_block_adam_with_zero_gradients_moves_nothing() -> None:
 def test_block_adam_refuses_what_torchs_adam_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"betas in \[0, 1\)"):
         BlockAdam([nn.Parameter(torch.ones(2))], **options)
+
+
+def test_hooks_of_the_inner_optimizer_run_once() -> None:
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])  # from now on torch runs hooks around AdamW.step itself
+    point = [torch.nn.Parameter(t) for t in FixedRank().random_point(8, 6, rank=2)]
+    bias = torch.nn.Parameter(torch.zeros(3))
+    for p in (*point, bias):
+        p.grad = torch.ones_like(p)
+    optimizer = Riemannion([{"params": point, "manifold": FixedRank()}, {"params": [bias]}], lr=1e-2)
+    calls: list[str] = []
+    optimizer.optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.step()
+    assert calls == ["before", "after"]
+    assert bool((bias != 0).all())

@@ -103,7 +103,7 @@ class _HeavyBallAndAdamW(AdamW):
                 self._heavy_ball(group)
         try:
             self.param_groups = [group for group in every if group.get("manifold") is None]
-            return super().step(closure)
+            return _adamw_step()(self, closure)
         finally:
             self.param_groups = every
 
@@ -120,6 +120,14 @@ class _HeavyBallAndAdamW(AdamW):
         torch._foreach_add_(buffers, [p.grad for p in params])
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         torch._foreach_add_(params, _steps(buffers, group))
+
+
+def _adamw_step() -> Callable[..., Any]:
+    """AdamW's step without the hooks that torch puts around it once there is an AdamW: ours has run them."""
+    step: Any = AdamW.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
 
 
 def _steps(buffers: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
