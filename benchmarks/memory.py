@@ -133,7 +133,9 @@ def plot(path: Any, panels: dict[str, dict[str, dict[str, float]]], caption: str
         axis.set_yticks([k + 0.4 - height / 2 for k in range(len(rows))], list(rows), fontsize=8)
         axis.invert_yaxis()
         axis.set_title(title, fontsize=9, loc="left")
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(
+            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(keys)
+        )
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(caption, fontsize=8, color="#555555")
     figure.savefig(path, dpi=150)

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         default=2.0,
         metavar="SECONDS",
-        help="of the first step; slower ones make one",
+        help="of the first step; slower ones make one more",
     )
     add("--threads", type=int, default=2)
     add("--device", default="cpu")

@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         default=8.0,
         metavar="SECONDS",
-        help="who takes longer for the first step makes no other",
+        help="who takes longer for the first step makes one more",
     )
     add("--threads", type=int, default=2)
     add("--device", default="cpu")

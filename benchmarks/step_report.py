@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,12 +91,12 @@ def plot(path: Path, results: Mapping[str, StepResult], caption: str) -> Path:
     from matplotlib import pyplot
 
     rows = max(len(result.timings) for result in results.values())
-    columns = min(2, len(results))
+    columns = min(3, len(results))
     lines = -(-len(results) // columns)
     figure, axes = pyplot.subplots(
         lines,
         columns,
-        figsize=(6.4 * columns, (0.34 * rows + 1.2) * lines),
+        figsize=(6.4 * columns, (0.3 * rows + 1.3) * lines),
         squeeze=False,
         layout="constrained",
     )
@@ -125,10 +126,13 @@ def _bars(axis: Axes, name: str, result: StepResult) -> None:
         axis.annotate(_short(median), (third, row), (4, 0), textcoords="offset points", va="center", size=8)
     products = result.products.median * 1e3
     axis.axvline(products, color="#444444", lw=0.8, ls=":", label=f"six tall products, {_short(products)}")
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
-    axis.set_title(f"{name}: {result.workload.title}", fontsize=10, loc="left")
+    axis.legend(loc="lower right", fontsize=8, frameon=False)
+    axis.set_title(textwrap.fill(f"{name}: {result.workload.title}", 62), fontsize=10, loc="left")
     axis.set_xlabel("milliseconds per optimizer step", fontsize=8)
     axis.set_xlim(0, 1.12 * max(thirds))
+    if max(medians) > 100 * min(medians):
+        axis.set_xscale("log")
+        axis.set_xlim(0.5 * min(medians), 3 * max(thirds))
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

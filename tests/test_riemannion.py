@@ -644,7 +644,9 @@ def test_block_adam_refuses_what_torchs_adam_refuses(options: dict[str, Any]) ->
 
 
 def test_hooks_of_the_inner_optimizer_run_once() -> None:
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])  # from now on torch runs hooks around AdamW.step itself
+    torch.optim.AdamW(
+        [torch.nn.Parameter(torch.zeros(2))]
+    )  # from now on torch runs hooks around AdamW.step itself
     point = [torch.nn.Parameter(t) for t in FixedRank().random_point(8, 6, rank=2)]
     bias = torch.nn.Parameter(torch.zeros(3))
     for p in (*point, bias):

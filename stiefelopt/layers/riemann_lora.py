@@ -121,10 +121,11 @@ class RiemannLoRALinear(LowRankLinear):
         r: rank, 1 to min(in, out).
         alpha: numerator of the update's factor, default r.
         init: "random": U, V Haar uniform. "loi": the same until `stiefelopt.loi_init` fills them.
-        correction: how the start is taken out. "fold": subtracted from the base weight, at no cost (float32 or
-            float64 base). "keep": frozen factors beside the base weight, which is untouched (half precision, or a base
-            that others read); about twice the products of the adapter. "none": left in. Default: "fold" where the
-            base is float32 or float64, else "keep".
+        correction: how the start is taken out. "fold": subtracted from the base weight, at no cost in time; the old
+            weight is kept for an exact undo, which is the memory of a second base weight (float32 or float64 base).
+            "keep": frozen factors beside the base weight, which is untouched (half precision, or a base that others
+            read); about twice the products of the adapter. "none": left in. Default: "fold" where the base is float32
+            or float64, else "keep".
         scale: S = scale I at the start, default 0.01 / sqrt(r).
         dropout: on the adapter's input.
         use_rslora: the update's factor is alpha / sqrt(r).
