@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD
 
-from benchmarks.environment import environment, results_dir, write_json
+from benchmarks.command import figure, leave, new_console
 from benchmarks.step_workloads import residual
 from stiefelopt import RiemannianWrapper, Stiefel
 
@@ -177,28 +176,15 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
 
 def plot(path: Path, found: dict[str, dict[str, Any]], caption: str) -> Path:
     """Gap against seconds, one panel per problem."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, (title, rows) in zip(axes.flat, found.items(), strict=True):
-        for name, row in rows.items():
-            times, gaps = zip(*row["curve"], strict=True)
-            axis.semilogy(
-                times, [max(g, 1e-9) for g in gaps], label=name, lw=2 if name in ("stiefelopt, polar",) else 1
-            )
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xlabel("seconds in gradients and steps")
-        axis.set_ylabel("(f - f*) / |f*|")
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(caption, fontsize=8, color="#555555")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with figure(path, 1, len(found), (5 * len(found), 3.6), caption) as axes:
+        for axis, (title, rows) in zip(axes.flat, found.items(), strict=True):
+            for name, row in rows.items():
+                times, gaps = zip(*row["curve"], strict=True)
+                axis.semilogy(times, [max(gap, 1e-9) for gap in gaps], label=name)
+            axis.set_title(title, fontsize=9, loc="left")
+            axis.set_xlabel("seconds in gradients and steps")
+            axis.set_ylabel("(f - f*) / |f*|")
+            axis.legend(frameon=False, fontsize=8)
     return path
 
 
@@ -206,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print tables, leave a JSON file and a plot; Ctrl-C keeps what was finished."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = new_console()
     n, p = round(2000 * options.size), round(1500 * options.size)
     small = n // 10, p // 10
     problems = {
@@ -225,17 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     progress.advance(task)
     except KeyboardInterrupt:
         console.print("interrupted: keeping what was finished")
-    if not found:
-        return 1
     for title, rows in found.items():
         console.print(table(title, rows))
-    facts = environment(torch.float32, packages=("geoopt", "pogo-torch"))
-    folder = results_dir(options.output)
-    report = {"environment": facts, "settings": vars(options), "gap": found}
-    caption = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, float32"
-    written = write_json(folder / "gap.json", report), plot(folder / "gap.png", found, caption)
-    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
-    return 0
+    return leave(console, "gap", options, found, plot, ("geoopt", "pogo-torch"))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from benchmarks.allocations import measure
-from benchmarks.environment import environment, results_dir, write_json
+from benchmarks.command import figure, leave, new_console
 from benchmarks.step_contestants import builders
 from benchmarks.step_entry import MissingPeerError
 from benchmarks.step_workloads import WORKLOADS, Problem
@@ -114,40 +114,28 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> Table:
     return view
 
 
-def plot(path: Any, panels: dict[str, dict[str, dict[str, float]]], caption: str) -> Any:
+def plot(path: Path, panels: dict[str, dict[str, dict[str, float]]], caption: str) -> Path:
     """One panel of bars per table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False
-    )
-    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=True):
-        keys = list(next(iter(rows.values())))
-        height = 0.8 / len(keys)
-        for i, key in enumerate(keys):
-            places = [k + i * height for k in range(len(rows))]
-            axis.barh(places, [row[key] for row in rows.values()], height, label=key)
-        axis.set_yticks([k + 0.4 - height / 2 for k in range(len(rows))], list(rows), fontsize=8)
-        axis.invert_yaxis()
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.legend(
-            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(keys)
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(caption, fontsize=8, color="#555555")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with figure(path, 1, len(panels), (5 * len(panels), 3.6), caption) as axes:
+        for axis, (title, rows) in zip(axes.flat, panels.items(), strict=True):
+            keys = list(next(iter(rows.values())))
+            height = 0.8 / len(keys)
+            for i, key in enumerate(keys):
+                places = [k + i * height for k in range(len(rows))]
+                axis.barh(places, [row[key] for row in rows.values()], height, label=key)
+            axis.set_yticks([k + 0.4 - height / 2 for k in range(len(rows))], list(rows), fontsize=8)
+            axis.invert_yaxis()
+            axis.set_title(title, fontsize=9, loc="left")
+            axis.legend(
+                fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(keys)
+            )
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print tables, leave a JSON file and a plot."""
     options = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    facts = environment(torch.float32, options.device)
+    console = new_console()
     panels = {
         f"{name}, in units of the points": optimizers(name, options.device) for name in options.workloads
     }
@@ -157,12 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     for title, rows in panels.items():
         console.print(table(title, rows))
-    folder = results_dir(options.output)
-    report = {"environment": facts, "settings": vars(options), "memory": panels}
-    caption = f"{facts['device']}, torch {facts['torch']}, float32"
-    written = write_json(folder / "memory.json", report), plot(folder / "memory.png", panels, caption)
-    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
-    return 0
+    return leave(console, "memory", options, panels, plot)
 
 
 if __name__ == "__main__":

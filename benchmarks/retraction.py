@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.environment import environment, results_dir, write_json
+from benchmarks.command import figure, leave, new_console
 from benchmarks.stella_reference import batched_polar
 from benchmarks.step_workloads import WORKLOADS, Problem, residual
 from benchmarks.timing import Contestant, Timing, race
@@ -107,26 +106,15 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> Table:
 
 def plot(path: Path, found: dict[str, dict[str, dict[str, float]]], caption: str) -> Path:
     """Time in units of the floor, logarithmic, one panel per workload."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(found), figsize=(3.6 * len(found), 3.2), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (name, rows) in zip(axes.flat, found.items(), strict=True):
-        colors = ["#1f6f8b" if known.startswith("stiefelopt") else "#d98e4a" for known in rows]
-        axis.barh(list(rows), [row[f"/ {FLOOR}"] for row in rows.values()], color=colors)
-        axis.set_xscale("log")
-        axis.set_title(f"{name}: {WORKLOADS[name].title}", fontsize=8, loc="left")
-        axis.set_xlabel(f"time / {FLOOR}", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].invert_yaxis()
-    figure.suptitle(caption, fontsize=8, color="#555555")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with figure(path, 1, len(found), (3.6 * len(found), 3.2), caption, sharey=True) as axes:
+        for axis, (name, rows) in zip(axes.flat, found.items(), strict=True):
+            colors = ["#1f6f8b" if known.startswith("stiefelopt") else "#d98e4a" for known in rows]
+            axis.barh(list(rows), [row[f"/ {FLOOR}"] for row in rows.values()], color=colors)
+            axis.set_xscale("log")
+            axis.set_title(f"{name}: {WORKLOADS[name].title}", fontsize=8, loc="left")
+            axis.set_xlabel(f"time / {FLOOR}", fontsize=8)
+            axis.tick_params(labelsize=8)
+        axes[0][0].invert_yaxis()
     return path
 
 
@@ -134,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print tables, leave a JSON file and a plot; Ctrl-C keeps what was finished."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = new_console()
     found: dict[str, Any] = {}
     try:
         with Progress(console=console, transient=True) as progress:
@@ -143,15 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress.console.print(table(f"{name}: {WORKLOADS[name].title}", found[name]))
     except KeyboardInterrupt:
         console.print("interrupted: keeping the workloads that were finished")
-    if not found:
-        return 1
-    facts = environment(torch.float32, options.device)
-    folder = results_dir(options.output)
-    report = {"environment": facts, "settings": vars(options), "retraction": found}
-    caption = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, float32"
-    written = write_json(folder / "retraction.json", report), plot(folder / "retraction.png", found, caption)
-    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
-    return 0
+    return leave(console, "retraction", options, found, plot)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.allocations import measure
-from benchmarks.environment import environment, results_dir, write_json
+from benchmarks.command import figure, leave, new_console
 from benchmarks.step_contestants import BARE, OURS, builders
 from benchmarks.step_floor import six_products
 from benchmarks.step_workloads import Problem, Workload
@@ -90,53 +89,37 @@ def table(axis: str, points: Points) -> Table:
 
 def plot(path: Path, found: Mapping[str, Points], caption: str) -> Path:
     """Time above, memory below, a column for each axis, all logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        2, len(found), figsize=(4.6 * len(found), 6.4), squeeze=False, layout="constrained"
-    )
-    for column, (axis, points) in enumerate(found.items()):
-        example = AXES[axis][1](0)
-        fixed = ", ".join(
-            f"{name} = {size}"
-            for name, size in zip(("count", "n", "p"), example, strict=True)
-            if name != axis
-        )
-        upper, lower = axes[0][column], axes[1][column]
-        for name in (*CONTESTANTS, FLOOR):
-            style = ":" if name == FLOOR else "-"
-            heights = [row["milliseconds"][name] for row in points.values()]
-            upper.loglog(list(points), heights, style, marker=".", label=name, lw=2 if name == OURS else 1)
-        upper.set_title(f"milliseconds a step against {axis} ({fixed})", fontsize=9, loc="left")
-        for name in (BARE, OURS):
-            lower.loglog(
-                list(points),
-                [row["peak bytes"][name] or 1 for row in points.values()],
-                marker=".",
-                label=name,
-            )
-        lower.loglog(
-            list(points), [row["bytes of the points"][""] for row in points.values()], ":", label="the points"
-        )
-        lower.set_title("bytes beyond what is held, at the peak of a step", fontsize=9, loc="left")
-        lower.set_xlabel(axis)
-        for panel in (upper, lower):
-            panel.legend(fontsize=7, frameon=False)
-            panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(caption, fontsize=8, color="#555555")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with figure(path, 2, len(found), (4.6 * len(found), 6.4), caption) as axes:
+        for column, (axis, points) in enumerate(found.items()):
+            _panels(axes[0][column], axes[1][column], axis, points)
     return path
+
+
+def _panels(upper: Any, lower: Any, axis: str, points: Points) -> None:
+    sizes = zip(("count", "n", "p"), AXES[axis][1](0), strict=True)
+    fixed = ", ".join(f"{name} = {size}" for name, size in sizes if name != axis)
+    for name in (*CONTESTANTS, FLOOR):
+        style = ":" if name == FLOOR else "-"
+        heights = [row["milliseconds"][name] for row in points.values()]
+        upper.loglog(list(points), heights, style, marker=".", label=name, lw=2 if name == OURS else 1)
+    upper.set_title(f"milliseconds a step against {axis} ({fixed})", fontsize=9, loc="left")
+    for name in (BARE, OURS):
+        heights = [row["peak bytes"][name] or 1 for row in points.values()]
+        lower.loglog(list(points), heights, marker=".", label=name)
+    lower.loglog(
+        list(points), [row["bytes of the points"][""] for row in points.values()], ":", label="the points"
+    )
+    lower.set_title("bytes beyond what is held, at the peak of a step", fontsize=9, loc="left")
+    lower.set_xlabel(axis)
+    for panel in (upper, lower):
+        panel.legend(fontsize=7, frameon=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print tables, leave a JSON file and a plot; Ctrl-C keeps the points that were finished."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = new_console()
     found: dict[str, Points] = {}
     wanted = [(axis, v) for axis in options.axes for v in AXES[axis][0] if v <= options.most]
     try:
@@ -148,17 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress.advance(task)
     except KeyboardInterrupt:
         console.print("interrupted: keeping the points that were finished")
-    if not found:
-        return 1
     for axis, points in found.items():
         console.print(table(axis, points))
-    facts = environment(torch.float32, options.device, ("geoopt", "pogo-torch"))
-    folder = results_dir(options.output)
-    report = {"environment": facts, "settings": vars(options), "scaling": found}
-    caption = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, float32"
-    written = write_json(folder / "scaling.json", report), plot(folder / "scaling.png", found, caption)
-    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
-    return 0
+    return leave(console, "scaling", options, found, plot, ("geoopt", "pogo-torch"))
 
 
 if __name__ == "__main__":
