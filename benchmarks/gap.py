@@ -106,7 +106,7 @@ class Pogo(Ours):
         import pogo
         from pogo.base import SGD as Base
 
-        self.x = Parameter(x.T.contiguous()[None])
+        self.x = Parameter(x.T.clone(memory_format=torch.contiguous_format)[None])
         self.optimizer = pogo.POGO([self.x], Base(momentum=MOMENTUM), lr)
 
     def step(self, gradient: Callable[[Tensor], Tensor]) -> None:
