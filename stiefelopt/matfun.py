@@ -50,6 +50,15 @@ def rough_distance_from_identity(g: Tensor) -> float | None:
     return math.sqrt(max(square.amax().item(), 0.0)) if bool(torch.isfinite(square).all()) else math.inf
 
 
+def spectral_bound(a: Tensor) -> Tensor:
+    """An upper bound (*b,) of the spectral norm of symmetric a, from a^2; the Frobenius norm may be p^(1/2) off.
+
+    Cost: one product of p x p.
+    """
+    square = a @ a
+    return torch.minimum(square.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(square)).sqrt()
+
+
 def iterations_needed(e: float, dtype: torch.dtype) -> int:
     """Newton-Schulz iterations that bring a residual e < 1 below a quarter of the unit roundoff.
 
@@ -161,8 +170,7 @@ def _centered(off: Tensor) -> tuple[Tensor, float] | None:
     off^2 bounds the spectrum of a large matrix much more tightly than its entries do, and saves three for every
     iteration that is not needed.
     """
-    square = off @ off
-    bound = torch.minimum(square.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(square)).sqrt()
+    bound = spectral_bound(off)
     if not bool(torch.isfinite(bound).all()):
         return None
     scale = torch.where(bound < 1, torch.ones_like(bound), 1 + bound / 2)

@@ -42,6 +42,7 @@ from .matfun import (
     inverse_sqrt_increment,
     norm,
     rough_distance_from_identity,
+    spectral_bound,
 )
 from .projections import svd_factor
 from .registry import Registry
@@ -206,6 +207,8 @@ def normalize(zs: Tall, r: Retraction, reduce: Reduce | None = None) -> list[Ope
         far = measure(g)
         if turn == 0:
             _check_radius(r, far)
+        if far is not None and NEAR < far < math.inf:
+            far = min(far, spectral_bound(g.detach() - identity_like(g)).amax().item())
         if far is not None and far > FAR and g.dtype == torch.float32:
             zs = [z.double() for z in zs]
             g = gram(zs, zs, reduce)
