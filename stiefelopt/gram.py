@@ -145,6 +145,20 @@ def _mask_or_none(mask: Tensor, reduce: Reduce | None) -> Tensor | None:
     return mask if mask.device.type != "cpu" or bool(mask.any()) else None
 
 
+def subtract_points(xs: Tall, ms: Tall) -> None:
+    """Overwrite moved points by displacements, m <- m - x."""
+    for x, m in zip(xs, ms, strict=True):
+        torch.sub(m, x, out=m)
+
+
+def scale_displacements(ds: Tall, scales: Sequence[float]) -> bool:
+    """Multiply each stack by its scale, in place; returns whether any has changed."""
+    for d, scale in zip(ds, scales, strict=True):
+        if scale != 1.0:
+            d.mul_(scale)
+    return any(scale != 1.0 for scale in scales)
+
+
 def keep_where(mask: Tensor | None, xs: Tall, ys: Tall) -> list[Tensor]:
     """x where the mask is set, else y; with no mask the ys themselves."""
     if mask is None:

@@ -159,8 +159,8 @@ def retract(
         StepError: rank is lost, or d is too large for its squares.
 
     Cost: per factor five products of 2 n r^2 flops, one less with the overlap; two or three more where rounding must
-        be corrected. r x r algebra in float64: an SVD of 2r x 2r and two eigendecompositions and the singular values
-        of r x r; the gauge by products, by two SVDs more after a long step.
+        be corrected. r x r algebra in float64: the retraction's small part and the singular values of r x r; the
+        gauge, where the small part has not fixed it, by products, by two SVDs more after a long step.
     """
     if overlap is None:
         wu, qu, wv, qv = grams((x.us, d.us), (d.us, d.us), (x.vs, d.vs), (d.vs, d.vs), reduce=reduce)
@@ -233,9 +233,10 @@ def _small_part(retraction: RankRetraction, c: Tensor, sides: Sequence[_Side], f
     if d is None or not bool((d[:, -1] > limit * d[:, 0]).all()):
         found = _keep_rank(found, floor)
     au, bu, s, av, bv = found
-    if _is_gauged(torch.cat((au, av))):
+    a = torch.cat((au, av))
+    if _is_gauged(a):
         return found
-    qu, qv = turns(torch.cat((au, av))).chunk(2)
+    qu, qv = turns(a).chunk(2)
     return Coefficients(au @ qu, bu @ qu, qu.mT @ s @ qv, av @ qv, bv @ qv)
 
 

@@ -15,7 +15,7 @@ from geoopt import manifolds as theirs
 from torch import Tensor
 
 from ..errors import ConfigError, NotOnManifoldError, ShapeError, StepError
-from ..gram import Reduce, Tall
+from ..gram import Reduce, Tall, subtract_points
 from ..manifolds.base import Carrier, Manifold, register
 from ..manifolds.carried import reads
 from ..retractions import OpenSum
@@ -223,8 +223,7 @@ class Geoopt(Manifold):
 
     def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
         """Overwrite the moved points ms by displacements; returns their largest entries."""
-        for x, m in zip(xs, ms, strict=True):
-            torch.sub(m, x, out=m)
+        subtract_points(xs, ms)
         return _shown(ms)
 
     def stacked_move(

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from .. import rank_retractions
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, combine, gram, grams, keep_where, products, split, zero_matrices
+from ..gram import (
+    Reduce,
+    Tall,
+    combine,
+    gram,
+    grams,
+    keep_where,
+    products,
+    scale_displacements,
+    split,
+    subtract_points,
+    zero_matrices,
+)
 from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
 from ..retractions import OpenSum
@@ -327,8 +339,7 @@ class FixedRank(Manifold):
 
     def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
         """Overwrite the moved points ms by displacements; returns U^T dU, M and V^T dV side by side, (B, r, 3 r)."""
-        for x, m in zip(xs, ms, strict=True):
-            torch.sub(m, x, out=m)
+        subtract_points(xs, ms)
         return _shown(_factors(xs), _factors(ms), reduce)
 
     def stacked_move(
@@ -342,10 +353,7 @@ class FixedRank(Manifold):
         reduce: Reduce | None = None,
     ) -> list[OpenSum]:
         """Scale and retract the displacements that `stacked_overlap` left in ms: the new points."""
-        for m, scale in zip(ms, scales, strict=True):
-            if scale != 1.0:
-                m.mul_(scale)
-        overlap = _overlap(e) if all(scale == 1.0 for scale in scales) else None
+        overlap = None if scale_displacements(ms, scales) else _overlap(e)
         y = self._retract(_factors(xs), _factors(ms), overlap, reduce)
         return [(t, None) for t in _stacks(y)]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
-from ..gram import Reduce, Tall, gram, keep_where, zero_matrices
+from ..gram import Reduce, Tall, gram, keep_where, scale_displacements, subtract_points, zero_matrices
 from ..rank_pairs import (
     Frame,
     Overlap,
@@ -240,8 +240,7 @@ class FixedRankPair(Manifold):
 
     def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
         """Overwrite the moved points ms by displacements (Y, X); returns their `Overlap` side by side, (B, r, 4 r)."""
-        for x, m in zip(xs, ms, strict=True):
-            torch.sub(m, x, out=m)
+        subtract_points(xs, ms)
         return torch.cat(overlap_of(_pairs(xs), _pairs(ms), reduce), -1)
 
     def stacked_move(
@@ -255,10 +254,7 @@ class FixedRankPair(Manifold):
         reduce: Reduce | None = None,
     ) -> list[OpenSum]:
         """Scale and retract the displacements that `stacked_overlap` left in ms: the new points."""
-        for m, scale in zip(ms, scales, strict=True):
-            if scale != 1.0:
-                m.mul_(scale)
-        overlap = _overlap(e) if all(scale == 1.0 for scale in scales) else None
+        overlap = None if scale_displacements(ms, scales) else _overlap(e)
         y = _moved(Frame(_pairs(xs), reduce), _pairs(ms), overlap, reduce)
         return [(t, None) for t in _stacks(y)]
 
