@@ -89,15 +89,15 @@ class Race:
         with Progress(console=console) as bars:
             bar = bars.add_task(self.task.name, total=len(self.methods) * steps)
 
-            def train(task: Task, method: str, rate: float, seed: int) -> Record:
-                return task.train(method, rate, seed, lambda: bars.advance(bar))
+            def train(task: Task, method: str, rate: float, seed: int, curve: bool = False) -> Record:
+                return task.train(method, rate, seed, lambda: bars.advance(bar), curve=curve)
 
             for method in self.methods:
                 tried = [train(self.task, method, rate, SWEEP_SEED) for rate in self.task.rates]
                 self.sweep += tried
                 rate = min(tried, key=lambda record: record.validation_loss).learning_rate
                 seeds = range(self.seeds)
-                self.records[method] = [train(self.task, method, rate, seed) for seed in seeds]
+                self.records[method] = [train(self.task, method, rate, seed, True) for seed in seeds]
                 self.halved[method] = [train(self._half, method, rate, seed) for seed in seeds]
                 keep()
 

