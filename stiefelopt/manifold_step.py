@@ -183,6 +183,8 @@ class ManifoldStep:
             points = [point for point in self.points() if all(s.p.numel() for s in point)]
             whole = [point for point in points if _has_gradients(point)]
             _check_gradients([slot for point in whole for slot in point])
+            for stack in (s for b in self._buckets for s in b.stacks):
+                stack.release_moments()
             self._buckets = make_buckets(whole, self.optimizer)
             # A point moves as a whole or not at all.
             self._unpaired = [s.p for point in points if not _has_gradients(point) for s in point]

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import core_svd
 from .core_svd import Coefficients
 from .errors import StepError
-from .gram import Reduce, Tall, combine, gram, grams, identity_like
+from .gram import Reduce, Tall, gram, grams, identity_like, mix
 from .matfun import distance_from_identity, host_can_look, inverse_sqrt_increment, inverse_symmetric_root
 from .registry import Registry
 from .retractions import close, normalize, polar
@@ -31,9 +31,10 @@ from .retractions import close, normalize, polar
 ORTHOGRAPHIC_LIMIT = 1e4
 # Error of the Gram of U+, as the small algebra foresees it, from which on float32 products are not good enough.
 HARD = 1e-4
-# ||y^T y - I||_F, in eps, up to which a new factor needs no correction (8 for a vector). What is above it is corrected,
-# so that it bounds the residual however many steps there are.
-ORTHONORMAL = 16
+# The same error, in eps, up to which it is a rounding like any other.
+SURE = 4
+# Singular value, relative to the norm, that a float64 Gram shows beyond doubt.
+CLEAR = 1e-6
 # ||a^T a - I||_F up to which the gauge is found by matrix products, six or fewer.
 NEARLY_ORTHOGONAL = 0.25
 # ||a - a^T||_F, relative, up to which U^T U+ = a counts as symmetric.
@@ -144,6 +145,7 @@ def retract(
     overlap: tuple[Tensor, Tensor] | None = None,
     floor: float = 0.0,
     reduce: Reduce | None = None,
+    out: Factors | None = None,
 ) -> Factors:
     """The new points, for displacements d that need not be tangent.
 
@@ -154,83 +156,99 @@ def retract(
         overlap: U^T dU and V^T dV where they are at hand already.
         floor: smallest singular value of the new S, relative to its largest; 0 raises where rank is lost.
         reduce: sums a batch over ranks.
+        out: where U and V may be written, d for example.
 
     Raises:
         StepError: rank is lost, or d is too large for its squares.
 
-    Cost: per factor five products of 2 n r^2 flops, one less with the overlap; two or three more where rounding must
-        be corrected. r x r algebra in float64: the retraction's small part and the singular values of r x r; the
-        gauge, where the small part has not fixed it, by products, by two SVDs more after a long step.
+    Cost: per factor five products of 2 n r^2 flops, one less with the overlap; two or three more after a long step. r x r
+        algebra in float64: the retraction's small part and a Cholesky factorization; the gauge, where the small part
+        has not fixed it, by products, by two SVDs more after a long step.
     """
-    if overlap is None:
-        wu, qu, wv, qv = grams((x.us, d.us), (d.us, d.us), (x.vs, d.vs), (d.vs, d.vs), reduce=reduce)
-    else:
-        (wu, wv), (qu, qv) = overlap, grams((d.us, d.us), (d.vs, d.vs), reduce=reduce)
-    sides = [_Side(x.us, d.us, wu, qu, reduce), _Side(x.vs, d.vs, wv, qv, reduce)]
+    sides = _Sides([*x.us, *x.vs], [*d.us, *d.vs], overlap, reduce)
     c = x.s.double() + d.s.double()
     if host_can_look(c) and not bool(torch.isfinite(c).all()):
         raise StepError(NOT_FINITE)
     found = _small_part(retraction, c, sides, floor)
-    eps = torch.finfo(x.s.dtype).eps
-    if eps > torch.finfo(torch.float64).eps and _is_hard(found, sides, eps):
-        for side in sides:
-            side.square_in_float64()
+    noise = sides.noise(found)
+    if noise is None or noise > HARD:
+        sides.square_in_float64()
         found = _small_part(retraction, c, sides, floor)
-    u, left = sides[0].move(found.au, found.bu)
-    v, right = sides[1].move(found.av, found.bv)
-    s = left @ found.s @ right.mT
-    return Factors(u, s.to(x.s.dtype), v)
+    to = None if out is None else [*out.us, *out.vs]
+    ys, (left, right) = sides.move(found, sure=noise is not None and noise <= sides.sure, out=to)
+    count = len(x.us)
+    return Factors(ys[:count], (left @ found.s @ right.mT).to(x.s.dtype), ys[count:])
 
 
-class _Side:
-    """One of the two tall factors: its points, its displacements and their products with each other."""
+class _Sides:
+    """Both tall factors: their points, their displacements and the products of these, (2 B, r, r) with U's first."""
 
-    def __init__(self, xs: Tall, ds: Tall, w: Tensor, q: Tensor, reduce: Reduce | None) -> None:
+    def __init__(
+        self, xs: Tall, ds: Tall, overlap: tuple[Tensor, Tensor] | None, reduce: Reduce | None
+    ) -> None:
         self.xs, self.ds, self._reduce = xs, ds, reduce
-        self.w, self.q = w.double(), q.double()
-        if host_can_look(self.w) and not bool(torch.isfinite(self.q).all()):
+        self._eps = torch.finfo(xs[0].dtype).eps
+        self.sure = SURE * self._eps
+        if overlap is None:
+            self._multiply(xs, ds)
+        else:
+            self._c, self._q = (t.double() for t in grams((xs, xs), (ds, ds), reduce=reduce))
+            self._w = torch.cat(overlap).double()
+        if host_can_look(self._w) and not bool(torch.isfinite(self._q).all()):
             raise StepError(NOT_FINITE)
+
+    def _multiply(self, xs: Tall, ds: Tall) -> None:
+        products = grams((xs, xs), (xs, ds), (ds, ds), reduce=self._reduce)
+        self._c, self._w, self._q = (t.double() for t in products)
 
     def square_in_float64(self) -> None:
         """The products again, without the rounding that a nearly dependent displacement or a small S blows up."""
-        xs, ds = [x.double() for x in self.xs], [d.double() for d in self.ds]
-        self.w, self.q = grams((xs, ds), (ds, ds), reduce=self._reduce)
+        self._multiply([x.double() for x in self.xs], [d.double() for d in self.ds])
 
     @property
     def h(self) -> Tensor:
         """Gram of the projected displacement."""
-        return self.q - self.w.mT @ self.w
+        return self._q - self._w.mT @ self._w
 
-    def move(self, a: Tensor, b: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The new orthonormal factors y and, for z = x a + (d - x w) b, the r x r y^T z that S must take up."""
-        dtype = self.xs[0].dtype
-        eye = identity_like(a)
-        zs = combine(self.xs, self.xs, (a - self.w @ b - eye).to(dtype))
-        zs = combine(zs, self.ds, b.to(dtype), out=zs)
-        off = distance_from_identity(gram(zs, zs, self._reduce))
-        if off is not None and off <= min(ORTHONORMAL, 8 * math.sqrt(a.shape[-1])) * torch.finfo(dtype).eps:
-            return zs, eye
-        ys = close(normalize(zs, polar, self._reduce))
-        return ys, gram(ys, zs, self._reduce).double()
+    def noise(self, found: Coefficients) -> float | None:
+        """What rounding of the products may do to the Gram of the new factors; None on an accelerator."""
+        if not host_can_look(self._q):
+            return None
+        b = torch.cat((found.bu, found.bv))
+        found_noise = self._eps * torch.linalg.matrix_norm(self._q) * b.square().sum((-2, -1))
+        return found_noise.amax().item() if len(b) else 0.0
+
+    def move(
+        self, found: Coefficients, *, sure: bool, out: Tall | None
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """The new orthonormal factors y and, for z = x a + (d - x w) b, the r x r y^T z that S must take up.
+
+        Where rounding is sure to be small z^T z is foreseen, the drift of x included, and one step of Newton-Schulz
+        on it goes into the coefficients; else z^T z is measured, and z normalized.
+        """
+        a, b = torch.cat((found.au, found.av)), torch.cat((found.bu, found.bv))
+        dtype, eye = self.xs[0].dtype, identity_like(a)
+        on_x = a - self._w @ b
+        taken = eye
+        if sure:
+            off = a.mT @ a - eye + b.mT @ self.h @ b + on_x.mT @ (self._c - eye) @ on_x
+            sure = bool((torch.linalg.matrix_norm(off).square() <= self._eps).all())
+            if sure:
+                on_x, b, taken = on_x - 0.5 * on_x @ off, b - 0.5 * b @ off, eye + 0.5 * off
+        zs = mix((self.ds, b.to(dtype)), (self.xs, (on_x - eye).to(dtype)), start=self.xs, out=out)
+        if not sure:
+            ys = close(normalize(zs, polar, self._reduce))
+            zs, taken = ys, gram(ys, zs, self._reduce).double()
+        return zs, taken.expand_as(a).chunk(2)
 
 
-def _is_hard(found: Coefficients, sides: Sequence[_Side], eps: float) -> bool:
-    """Whether rounding of the products at eps would show in the Gram of the new factors; True on an accelerator."""
-    if not host_can_look(found.s):
-        return True
-    pairs = zip(sides, (found.bu, found.bv), strict=True)
-    errors = [eps * torch.linalg.matrix_norm(side.q) * b.square().sum((-2, -1)) for side, b in pairs]
-    return not bool((torch.stack(errors) <= HARD).all())
-
-
-def _small_part(retraction: RankRetraction, c: Tensor, sides: Sequence[_Side], floor: float) -> Coefficients:
+def _small_part(retraction: RankRetraction, c: Tensor, sides: _Sides, floor: float) -> Coefficients:
     """The coefficients with rank and gauge seen to."""
-    found = retraction.coefficients(c, sides[0].h, sides[1].h)
+    found = retraction.coefficients(c, *sides.h.chunk(2))
     if host_can_look(c) and not all(bool(torch.isfinite(t).all()) for t in (found.au, found.av, found.s)):
         raise StepError(f"{retraction.name} finds no point: the step is too long; lower the learning rate")
-    limit = max(floor, torch.finfo(sides[0].xs[0].dtype).eps)
-    d = torch.linalg.svdvals(found.s) if host_can_look(c) else None
-    if d is None or not bool((d[:, -1] > limit * d[:, 0]).all()):
+    limit = max(floor, torch.finfo(sides.xs[0].dtype).eps)
+    if not _has_rank(found.s, limit):
         found = _keep_rank(found, floor)
     au, bu, s, av, bv = found
     a = torch.cat((au, av))
@@ -238,6 +256,22 @@ def _small_part(retraction: RankRetraction, c: Tensor, sides: Sequence[_Side], f
         return found
     qu, qv = turns(a).chunk(2)
     return Coefficients(au @ qu, bu @ qu, qu.mT @ s @ qv, av @ qv, bv @ qv)
+
+
+def _has_rank(s: Tensor, limit: float) -> bool:
+    """Whether all singular values of s are above limit times the largest; False on an accelerator.
+
+    Mostly a Cholesky factorization says so: of s^T s / ||s||^2 less a shift above both limit^2 and its own rounding.
+    """
+    if not host_can_look(s):
+        return False
+    shift = max(limit, CLEAR) ** 2
+    size = torch.linalg.matrix_norm(s, keepdim=True)
+    unit = s / torch.where(size > 0, size, torch.ones_like(size))
+    if not bool(torch.linalg.cholesky_ex(unit.mT @ unit - shift * identity_like(s))[1].any()):
+        return True
+    d = torch.linalg.svdvals(s)
+    return bool((d[:, -1] > limit * d[:, 0]).all())
 
 
 def _is_gauged(a: Tensor) -> bool:

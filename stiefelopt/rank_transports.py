@@ -13,7 +13,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from .gram import Reduce, Tall, combine, grams, products
+from .gram import Reduce, Tall, combine, grams, mix
 from .rank_retractions import Factors
 
 
@@ -35,8 +35,8 @@ class Turn:
         return grams((a.us, b.us), (a.vs, b.vs), reduce=self.reduce)
 
 
-def transported(turn: Turn, v: Factors) -> Factors:
-    """The projection at y of v, tangent at x.
+def transported(turn: Turn, v: Factors, out: Factors | None = None) -> Factors:
+    """The projection at y of v, tangent at x; its tall parts go to out, which may be v.
 
     With a = U^T U+, b = Up^T U+, c = V^T V+, d = Vp^T V+: M+ = a^T (M c + d) + b^T c,
     Up+ = U (M c + d) + Up c - U+ M+, Vp+ = V (M^T a + b) + Vp a - V+ M+^T.
@@ -48,15 +48,13 @@ def transported(turn: Turn, v: Factors) -> Factors:
     b, d = turn.grams(v, y)
     right, left = v.s @ c + d, v.s.mT @ a + b
     m = a.mT @ right + b.mT @ c
-    up, vp = products(x.us, right), products(x.vs, left)
-    for out, parts in ((up, ((v.us, c, 1.0), (y.us, m, -1.0))), (vp, ((v.vs, a, 1.0), (y.vs, m.mT, -1.0)))):
-        for tall, small, sign in parts:
-            combine(out, tall, small, alpha=sign, out=out)
-    return Factors(up, m, vp)
+    to_u, to_v = (None, None) if out is None else (out.us, out.vs)
+    up = mix((v.us, c), (x.us, right), (y.us, -m), out=to_u)
+    return Factors(up, m, mix((v.vs, a), (x.vs, left), (y.vs, -m.mT), out=to_v))
 
 
-def spread(turn: Turn, v: Factors) -> Factors:
-    """Variances v of the entries of a vector tangent at x, as those of its projection at y.
+def spread(turn: Turn, v: Factors, out: Factors | None = None) -> Factors:
+    """Variances v of the entries of a vector tangent at x, as those of its projection at y; out as in `transported`.
 
     Squares are entrywise, and Ru = (U+ - U a)^2, Rv = (V+ - V c)^2 is how the factors have turned away from
     themselves: b = v_U^T Ru, d = v_V^T Rv, M+ = (a^2)^T (M c^2 + d) + b^T c^2,
@@ -70,9 +68,8 @@ def spread(turn: Turn, v: Factors) -> Factors:
     a, c = a.square(), c.square()
     b, d = grams((v.us, ru), (v.vs, rv), reduce=turn.reduce)
     right, left = v.s @ c + d, v.s.mT @ a + b
-    up, vp = products(v.us, c), products(v.vs, a)
-    combine(up, ru, right, out=up)
-    combine(vp, rv, left, out=vp)
+    to_u, to_v = (None, None) if out is None else (out.us, out.vs)
+    up, vp = mix((v.us, c), (ru, right), out=to_u), mix((v.vs, a), (rv, left), out=to_v)
     return Factors(up, a.mT @ right + b.mT @ c, vp)
 
 

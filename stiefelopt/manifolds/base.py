@@ -17,7 +17,8 @@ _registry: Registry[type[Manifold]] = Registry("manifold")
 names, get = _registry.names, _registry.get
 
 
-# From (indices of the stacks, the new points, what lives at the old ones) to what lives at the new ones.
+# From (indices of the stacks, the new points, what lives at the old ones) to what lives at the new ones, which may be
+# the same tensors, overwritten.
 Carry = Callable[[Sequence[int], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 

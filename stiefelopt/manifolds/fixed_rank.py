@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,7 +29,7 @@ from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype, without_autocast
-from .base import Carrier, Manifold, register
+from .base import Carrier, Carry, Manifold, register
 from .stiefel import Stiefel
 
 TRANSPORTS = ("projection", "none")
@@ -317,10 +317,13 @@ class FixedRank(Manifold):
         d: Factors,
         overlap: tuple[Tensor, Tensor] | None = None,
         reduce: Reduce | None = None,
+        out: Factors | None = None,
     ) -> Factors:
         still = _is_zero(d, reduce)
         retraction = rank_retractions.get(self.retraction)
-        y = rank_retractions.retract(retraction, x, d, overlap=overlap, floor=self.floor, reduce=reduce)
+        y = rank_retractions.retract(
+            retraction, x, d, overlap=overlap, floor=self.floor, reduce=reduce, out=out
+        )
         if still is None:
             return y
         s = torch.where(still[:, None, None], x.s, y.s)
@@ -354,7 +357,8 @@ class FixedRank(Manifold):
     ) -> list[OpenSum]:
         """Scale and retract the displacements that `stacked_overlap` left in ms: the new points."""
         overlap = None if scale_displacements(ms, scales) else _overlap(e)
-        y = self._retract(_factors(xs), _factors(ms), overlap, reduce)
+        d = _factors(ms)
+        y = self._retract(_factors(xs), d, overlap, reduce, out=d)
         return [(t, None) for t in _stacks(y)]
 
     def stacked_spectral(
@@ -410,10 +414,10 @@ class FixedRank(Manifold):
                 turns[key] = Turn(_factors([xs[i] for i in index]), _factors(ys), reduce)
             return turns[key]
 
-        return Carrier(
-            lambda index, ys, vs: _stacks(transported(turn(index, ys), _factors(vs))),
-            lambda index, ys, vs: _stacks(spread(turn(index, ys), _factors(vs))),
-        )
+        def carry(by: Callable[[Turn, Factors, Factors], Factors]) -> Carry:
+            return lambda index, ys, vs: _stacks(by(turn(index, ys), v := _factors(vs), v))
+
+        return Carrier(carry(transported), carry(spread))
 
 
 def _is_zero(d: Factors, reduce: Reduce | None) -> Tensor | None:

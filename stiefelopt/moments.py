@@ -1,0 +1,83 @@
+"""An optimizer's moments side by side in memory, so that carrying them needs no gathering and no scattering.
+
+The tensors in the optimizer's state stay the objects they are. Where each owns its memory, their contents move, once,
+into one block that all share; where they lie side by side already, as in a deep copy or a loaded checkpoint of such a
+state, nothing moves. What is a view of something else, that somebody may hold, is left there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Block:
+    """The memory of the tensors of one name, one for each parameter of a stack."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._pointers: list[int] = []
+        self._whole: Tensor | None = None
+
+    def of(self, tensors: list[Tensor], empty: Callable[[], Tensor]) -> Tensor | None:
+        """All the tensors as one, (k, *shape), which shares their memory; None where it cannot.
+
+        Args:
+            tensors: of one shape.
+            empty: makes a new block, with the memory layout that the tensors must have.
+        """
+        if not self._holds(tensors):
+            block = _side_by_side(tensors)
+            if block is None and all(map(_owns_memory, tensors)):
+                block = _moved(tensors, empty())
+            self._whole = block
+            self._tensors, self._pointers = tensors, [t.data_ptr() for t in tensors]
+        return self._whole
+
+    def dissolve(self) -> None:
+        """Give every tensor that is still here memory of its own again."""
+        for t, pointer in zip(self._tensors, self._pointers, strict=True):
+            if self._whole is not None and t.data_ptr() == pointer:
+                t.data = t.detach().clone(memory_format=torch.preserve_format)
+        self._tensors, self._pointers, self._whole = [], [], None
+
+    def _holds(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(self._tensors) and all(
+            t is own and t.data_ptr() == pointer
+            for t, own, pointer in zip(tensors, self._tensors, self._pointers, strict=True)
+        )
+
+
+def _owns_memory(t: Tensor) -> bool:
+    """Whether a plain tensor is all that its storage holds."""
+    return type(t) is Tensor and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The block that the tensors are pieces of, one after the other; None where they are not."""
+    first, size = tensors[0], tensors[0].numel()
+    storage = first.untyped_storage().data_ptr()
+    for k, t in enumerate(tensors):
+        alike = type(t) is Tensor and t.dtype == first.dtype and t.stride() == first.stride()
+        if not alike or t.untyped_storage().data_ptr() != storage:
+            return None
+        if t.storage_offset() != first.storage_offset() + k * size:
+            return None
+    return first.detach().as_strided((len(tensors), *first.shape), (size, *first.stride()))
+
+
+def _moved(tensors: Sequence[Tensor], block: Tensor) -> Tensor | None:
+    """The block, with the tensors in it; None where its layout or dtype is not theirs."""
+    pieces = list(block)
+    alike = all(
+        t.dtype == piece.dtype and t.device == piece.device and t.stride() == piece.stride()
+        for t, piece in zip(tensors, pieces, strict=True)
+    )
+    if not alike:
+        return None
+    torch._foreach_copy_(pieces, list(tensors))
+    for t, piece in zip(tensors, pieces, strict=True):
+        t.data = piece
+    return block
