@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from .distributed import RowSum, Shards, is_distributed, local
 from .errors import StepError
 from .gram import split, squared_norm
+from .joint import Joint
 from .manifolds.base import Carry
 from .moments import Block
 from .placement import Placement, residual_of, sharding_of
@@ -27,6 +29,8 @@ from .shapes import HALF, compute_dtype, tolerance
 
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
 CPU_BUCKET_BYTES = 8 * 2**20
+# Bytes of points that the inner optimizer steps as one: with gradient and moments they fit the cache.
+JOINT_BYTES = 2**18
 
 # What torch.optim and most others call averages of squared gradients.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
@@ -57,10 +61,19 @@ class Stack:
     """Parameters of one shape and placement, with the workspaces that hold their points and gradients.
 
     The workspaces have the parameters' own memory layout, so that gathering is one straight copy and the inner
-    optimizer sees gradients laid out like its parameters; `xs` and `work` are tall views of them.
+    optimizer sees gradients laid out like its parameters; `xs`, `gs` and `work`, for points, gradients and where the
+    optimizer leaves the points, are tall views of them.
+
+    Args:
+        slots: the parameters.
+        optimizer: their optimizer.
+        shards: how they are cut over ranks.
+        join: whether the optimizer may step them as one, see `joint`. That takes a workspace more.
     """
 
-    def __init__(self, slots: Sequence[Slot], optimizer: Optimizer, shards: Shards | None = None) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], optimizer: Optimizer, shards: Shards | None = None, join: bool = False
+    ) -> None:
         self.slots = slots
         self.params = [s.p for s in slots]
         self._optimizer = optimizer
@@ -76,13 +89,18 @@ class Stack:
         self._kind = p.dtype, p.shape
         here = self._here(self.params)
         self._shape = p.shape if shards is not None and shards.is_gathered else here[0].shape
-        self._points, self._work = self._workspace(), self._workspace()
-        self.xs, self.work = self._tall(self._points), self._tall(self._work)
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
         self._dense = self._flipped or all(t.is_contiguous() for t in here)
+        join = join and self._dense and shards is None and self._masters is None and p.device.type == "cpu"
+        self._points, self._grad_space = self._workspace(), self._workspace()
+        self._work = self._workspace() if join else self._grad_space
+        self.joints = self._joints() if join else []
+        self.joined = False
+        self.xs, self.gs, self.work = map(self._tall, (self._points, self._grad_space, self._work))
         self._points_of, self._work_of = list(self._own(self._points)), list(self._own(self._work))
+        self._grads_of = list(self._own(self._grad_space))
         self._parts = (  # what the optimizer reads, on this rank
-            self._work_of if self._dense else [torch.empty_like(t, dtype=self._work.dtype) for t in here]
+            self._grads_of if self._dense else [torch.empty_like(t, dtype=self._work.dtype) for t in here]
         )
         self._grads = self._parts if shards is None else [shards.like_parameter(t) for t in self._parts]
         self._blocks: dict[str, Block] = {}
@@ -91,6 +109,19 @@ class Stack:
         self._lent_versions = 0
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
+
+    def _joints(self) -> list[Joint]:
+        """One for every few parameters of one group: as many as keep the optimizer's passes in the cache."""
+        most = max(1, JOINT_BYTES // (self._points[0].numel() * self._points.element_size()))
+        found, start = [], 0
+        for _, run in groupby(self.slots, key=lambda slot: slot.group):
+            end = start + len(list(run))
+            while start < end:
+                stop = min(start + most, end)
+                spaces = self._work[start:stop], self._grad_space[start:stop]
+                found.append(Joint(self._optimizer, self.params[start:stop], *spaces))
+                start = stop
+        return found
 
     def _here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What lies on this rank of tensors like the parameters."""
@@ -121,7 +152,9 @@ class Stack:
             raise RuntimeError("the parameters' dtype or shape has changed")
         self._gather(self._masters.values() if self._masters else self.params, self._points)
         self._found_grads = [p.grad for p in self.params]
-        self._gather(self._found_grads, self._work)  # type: ignore[arg-type]
+        self._gather(self._found_grads, self._grad_space)  # type: ignore[arg-type]
+        if self.joints:
+            self._work.copy_(self._points)
 
     def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
         tensors, own = self._here(tensors), self._own(workspace)
@@ -139,7 +172,7 @@ class Stack:
         if self._masters:
             self._masters.enter(list(self._points.clone()))
         if not self._dense:
-            torch._foreach_copy_(self._parts, self._work_of)
+            torch._foreach_copy_(self._parts, self._grads_of)
         for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
             p.grad = grad if kept else None
         self._lent_versions = self._versions()
@@ -154,8 +187,9 @@ class Stack:
         self._own_grads, self._found_grads = [], []
 
     def load_moved(self) -> None:
-        """Where the inner optimizer left the parameters, into the work space."""
-        self._gather(self._stepped, self._work)
+        """Where the inner optimizer left the parameters, into the work space; joined they are there already."""
+        if not self.joined:
+            self._gather(self._stepped, self._work)
 
     def reset_moved(self, index: Sequence[int]) -> None:
         """Pretend that the inner optimizer left these parameters where they were."""
@@ -176,12 +210,13 @@ class Stack:
     def moments(self, name: str) -> Moments | None:
         """The optimizer's tensors of this name; None unless every parameter has one of its own shape."""
         found = [self._optimizer.state.get(p, {}).get(name) for p in self.params]
-        if not all(isinstance(t, Tensor) and t.shape == self._kind[1] for t in found):
-            return None
         block = None
         if self._shards is None:
             block = self._blocks.setdefault(name, Block()).of(found, self._workspace)
-        return Moments(self.gather_tall(found), found) if block is None else Moments(self._tall(block), [])
+        if block is not None and block.shape[1:] == self._kind[1]:
+            return Moments(self._tall(block), [])
+        fits = all(isinstance(t, Tensor) and t.shape == self._kind[1] for t in found)
+        return Moments(self.gather_tall(found), found) if fits else None
 
     def release_moments(self) -> None:
         """Let every moment have its own memory, before other stacks are made."""
@@ -259,6 +294,7 @@ class Bucket:
         self.manifold = self._placement.manifold
         self._parts = self.manifold.parts
         self.xs = [s.xs for s in stacks]
+        self.gs = [s.gs for s in stacks]
         self.work = [s.work for s in stacks]
         self._drift = max(stack.drift for stack in stacks)
         self._limit = torch.finfo(self.xs[0].dtype).max / (4 * self.xs[0].shape[-1])
@@ -270,7 +306,7 @@ class Bucket:
         """
         for stack in self.stacks:
             stack.load()
-        return self._non_finite(self._make_riemannian(self.work))
+        return self._non_finite(self._make_riemannian(self.gs))
 
     def _make_riemannian(self, gs: Sequence[Tensor]) -> Tensor:
         """Overwrite gradients by Riemannian ones; returns small matrices in which NaN and Inf show."""
@@ -384,8 +420,8 @@ def is_flipped(p: Tensor) -> bool:
     return p.ndim == 2 and not p.is_contiguous() and p.mT.is_contiguous()
 
 
-def make_buckets(points: Sequence[Point], optimizer: Optimizer) -> list[Bucket]:
-    """Sort points into buckets and their stacks, keeping the order of parameters within each."""
+def make_buckets(points: Sequence[Point], optimizer: Optimizer, *, join: bool = False) -> list[Bucket]:
+    """Sort points into buckets and their stacks, keeping the order of parameters within each; join as in `Stack`."""
     families: dict[tuple[Any, ...], dict[object, list[Point]]] = {}
     for point in points:
         p, placement = point[0].p, point[0].placement
@@ -399,18 +435,18 @@ def make_buckets(points: Sequence[Point], optimizer: Optimizer) -> list[Bucket]:
         rate = point[0].group if placement.needs_rate else None
         family.setdefault((placement, rate, height), []).append(point)
     return [
-        Bucket([stack for chunk in chunks for stack in _stacks(chunk, optimizer)], over)
+        Bucket([stack for chunk in chunks for stack in _stacks(chunk, optimizer, join)], over)
         for (over, *_, device), heights in families.items()
         for chunks in _fill(heights.values(), device, 1 if over is None else over.ranks)
     ]
 
 
-def _stacks(chunk: Sequence[Point], optimizer: Optimizer) -> Iterator[Stack]:
+def _stacks(chunk: Sequence[Point], optimizer: Optimizer, join: bool) -> Iterator[Stack]:
     """A stack for each of the parameters that make a point."""
     for part, slots in enumerate(zip(*chunk, strict=True)):
         p, manifold = slots[0].p, slots[0].placement.manifold
         shards = Shards(p, gathered=part in manifold.small_parts) if is_distributed(p) else None
-        yield Stack(slots, optimizer, shards)
+        yield Stack(slots, optimizer, shards, join)
 
 
 def _fill(heights: Iterable[list[Point]], device: torch.device, ranks: int) -> list[list[list[Point]]]:

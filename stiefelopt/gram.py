@@ -89,9 +89,7 @@ def combine(zs: Tall, xs: Tall, t: Tensor, *, alpha: float = 1.0, out: Tall | No
     return list(out)
 
 
-def mix(
-    *terms: tuple[Tall, Tensor], start: Tall | None = None, out: Tall | None = None
-) -> list[Tensor]:
+def mix(*terms: tuple[Tall, Tensor], start: Tall | None = None, out: Tall | None = None) -> list[Tensor]:
     """start + x s + z t + ... for every matrix, height after height, so that what is summed stays in the cache.
 
     Args:

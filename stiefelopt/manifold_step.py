@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .buckets import Bucket, Slot, make_buckets
+from .buckets import Bucket, Slot, Stack, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
+from .joint import JointStep
 from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
 from .shapes import without_autocast
@@ -61,11 +62,22 @@ def _saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
 class ManifoldStep:
     """The eight lines of a step, around any optimizer: `before` it and `after` it.
 
-    Holds workspaces, never state: twice the bytes of the constrained parameters.
+    Holds workspaces, never state: two to three times the bytes of the constrained parameters.
+
+    Args:
+        optimizer: the inner optimizer.
+        nonfinite: "raise", "restore" or "skip", see `RiemannianWrapper`.
+        moments: names of the first moments in its state.
+        join: whether it may be shown a stack of parameters as one; its step must come between `before` and `after`.
     """
 
     def __init__(
-        self, optimizer: Optimizer, nonfinite: str = "raise", moments: Sequence[str] = FIRST_MOMENTS
+        self,
+        optimizer: Optimizer,
+        nonfinite: str = "raise",
+        moments: Sequence[str] = FIRST_MOMENTS,
+        *,
+        join: bool = False,
     ) -> None:
         if nonfinite not in ("raise", "restore", "skip"):
             raise ConfigError(f"nonfinite is {nonfinite!r}; use 'raise', 'restore' or 'skip'.")
@@ -78,6 +90,9 @@ class ManifoldStep:
         self.skipped = 0
         self._warned = False
         self._begun = False
+        # A skipped point needs what the inner optimizer made of the others a second time.
+        self._join = join and nonfinite != "skip"
+        self._joint_step = JointStep(optimizer, [])
         self._buckets: list[Bucket] = []
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
@@ -183,13 +198,18 @@ class ManifoldStep:
             points = [point for point in self.points() if all(s.p.numel() for s in point)]
             whole = [point for point in points if _has_gradients(point)]
             _check_gradients([slot for point in whole for slot in point])
-            for stack in (s for b in self._buckets for s in b.stacks):
+            self._joint_step.dissolve()
+            for stack in self._stacks():
                 stack.release_moments()
-            self._buckets = make_buckets(whole, self.optimizer)
+            self._buckets = make_buckets(whole, self.optimizer, join=self._join)
+            self._joint_step = JointStep(self.optimizer, [j for s in self._stacks() for j in s.joints])
             # A point moves as a whole or not at all.
             self._unpaired = [s.p for point in points if not _has_gradients(point) for s in point]
             self._signature = self._sign()
         return self._buckets
+
+    def _stacks(self) -> Iterator[Stack]:
+        return (stack for bucket in self._buckets for stack in bucket.stacks)
 
     def _sign(self) -> list[tuple[Settings, list[Tensor]]]:
         """What the buckets were made from. Shapes and dtypes show when the parameters are gathered."""
@@ -233,9 +253,12 @@ class ManifoldStep:
             self._snapshot.take()
         self._begun = True
         try:
-            for stack in (s for b in buckets for s in b.stacks):
-                # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
-                stack.lend_gradients([id(p) not in refused for p in stack.params])
+            joined = not refused and self._joint_step.enter()
+            for stack in self._stacks():
+                stack.joined = joined and bool(stack.joints)
+                if not stack.joined:
+                    # Without a gradient the optimizer leaves the parameter alone: a zero displacement moves no bit.
+                    stack.lend_gradients([id(p) not in refused for p in stack.params])
             self._withheld = [(p, p.grad) for p in self._unpaired if p.grad is not None]
             for p, _ in self._withheld:
                 p.grad = None
@@ -265,10 +288,10 @@ class ManifoldStep:
 
     def return_gradients(self) -> None:
         """Undo what `before` did to the gradients."""
+        self._joint_step.leave()
         self._return_withheld()
-        for bucket in self._buckets:
-            for stack in bucket.stacks:
-                stack.return_gradients()
+        for stack in self._stacks():
+            stack.return_gradients()
 
     def _return_withheld(self) -> None:
         for p, grad in self._withheld:
@@ -280,9 +303,8 @@ class ManifoldStep:
         """Put every point back to where it was before the step; with "restore", all else that the step changes."""
         if self._snapshot is not None:
             self._snapshot.put_back()
-        for bucket in self._buckets:
-            for stack in bucket.stacks:
-                stack.restore()
+        for stack in self._stacks():
+            stack.restore()
 
     def undo(self) -> None:
         """Put gradients and points back: the inner step has raised."""
@@ -295,9 +317,8 @@ class ManifoldStep:
         if self._begun:
             self._begun = False
             self._return_withheld()
-            for bucket in self._buckets:
-                for stack in bucket.stacks:
-                    stack.recover()
+            for stack in self._stacks():
+                stack.recover()
 
 
 def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor], Placement]]:

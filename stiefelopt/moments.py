@@ -8,6 +8,7 @@ state, nothing moves. What is a view of something else, that somebody may hold, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,29 +20,31 @@ class Block:
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
         self._pointers: list[int] = []
-        self._whole: Tensor | None = None
+        self.whole: Tensor | None = None
 
-    def of(self, tensors: list[Tensor], empty: Callable[[], Tensor]) -> Tensor | None:
+    def of(self, tensors: list[Any], empty: Callable[[], Tensor]) -> Tensor | None:
         """All the tensors as one, (k, *shape), which shares their memory; None where it cannot.
 
         Args:
-            tensors: of one shape.
+            tensors: of one shape, if they are tensors.
             empty: makes a new block, with the memory layout that the tensors must have.
         """
         if not self._holds(tensors):
+            if not all(isinstance(t, Tensor) and t.shape == tensors[0].shape for t in tensors):
+                return None
             block = _side_by_side(tensors)
             if block is None and all(map(_owns_memory, tensors)):
                 block = _moved(tensors, empty())
-            self._whole = block
+            self.whole = block
             self._tensors, self._pointers = tensors, [t.data_ptr() for t in tensors]
-        return self._whole
+        return self.whole
 
     def dissolve(self) -> None:
         """Give every tensor that is still here memory of its own again."""
         for t, pointer in zip(self._tensors, self._pointers, strict=True):
-            if self._whole is not None and t.data_ptr() == pointer:
+            if self.whole is not None and t.data_ptr() == pointer:
                 t.data = t.detach().clone(memory_format=torch.preserve_format)
-        self._tensors, self._pointers, self._whole = [], [], None
+        self._tensors, self._pointers, self.whole = [], [], None
 
     def _holds(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._tensors) and all(

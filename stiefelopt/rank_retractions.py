@@ -11,7 +11,6 @@ U^T U+ and V^T V+ are symmetric and positive), the correction of what rounding l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -161,9 +160,9 @@ def retract(
     Raises:
         StepError: rank is lost, or d is too large for its squares.
 
-    Cost: per factor five products of 2 n r^2 flops, one less with the overlap; two or three more after a long step. r x r
-        algebra in float64: the retraction's small part and a Cholesky factorization; the gauge, where the small part
-        has not fixed it, by products, by two SVDs more after a long step.
+    Cost: per factor five products of 2 n r^2 flops, one less with the overlap; two or three more after a long step.
+        r x r algebra in float64: the retraction's small part and a Cholesky factorization; the gauge, where the small
+        part has not fixed it, by products, by two SVDs more after a long step.
     """
     sides = _Sides([*x.us, *x.vs], [*d.us, *d.vs], overlap, reduce)
     c = x.s.double() + d.s.double()

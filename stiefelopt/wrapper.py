@@ -83,7 +83,7 @@ class RiemannianWrapper(Optimizer):
     ) -> None:
         self.optimizer = check_optimizer(optimizer)
         self.manifold = None if manifold is None else from_spec(manifold)
-        self._core = ManifoldStep(optimizer, nonfinite, moments)
+        self._core = ManifoldStep(optimizer, nonfinite, moments, join=True)
         self._core.adopt_all(self.manifold)
         self._init_hooks()
 
@@ -215,7 +215,7 @@ class RiemannianWrapper(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizer, self.manifold = state["optimizer"], state["manifold"]
-        self._core = ManifoldStep(self.optimizer, *state["core"])
+        self._core = ManifoldStep(self.optimizer, *state["core"], join=True)
         self._init_hooks()
 
     def __repr__(self) -> str:
