@@ -22,8 +22,9 @@ from .matfun import Eigen, host_can_look, inverse_sqrt_increment, symmetric_root
 
 # Sweeps after which what has not converged goes to LAPACK, at the price of about five.
 SWEEPS = 16
-# Relative change of p and q in the last sweep; they err by a fraction of it.
-CONVERGED = 1e-12
+# Relative change of p in the last sweep, of which p and q err by a fraction: at least this, or this share of the eps
+# asked for.
+CONVERGED, SHARE = 1e-12, 2**-6
 # From here on oneMKL's batched LU fails with more than one thread; large cores are LAPACK's.
 LARGEST = 128
 
@@ -38,19 +39,21 @@ class Coefficients(NamedTuple):
     bv: Tensor
 
 
-def truncated(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+def truncated(c: Tensor, hu: Tensor, hv: Tensor, eps: float = 0.0) -> Coefficients:
     """The r dominant singular triples of the cores, U+ and V+ orthonormal, up to a gauge.
 
     Args:
         c: (B, r, r); float64.
         hu: (B, r, r), the Gram of Up; hv that of Vp.
+        eps: relative accuracy needed of the subspaces, as that of float32 points. The singular values, Rayleigh
+            quotients, are right to its square; U+ and V+ are orthonormal whatever it is.
 
     Cost: six products of r x r a sweep, 4 to 16 sweeps; LAPACK's SVD of 2r x 2r for what they do not settle, and for
         everything on an accelerator, where the host must not look.
     """
     if not host_can_look(c) or not 0 < c.shape[-1] < LARGEST:
         return by_lapack(c, hu, hv)
-    found, done = _by_products(c, hu, hv)
+    found, done = _by_products(c, hu, hv, max(CONVERGED, SHARE * eps))
     if bool(done.all()):
         return found
     hard = ~done
@@ -79,30 +82,32 @@ def core_svd(c: Tensor, eigen: Eigen) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(torch.cat((torch.cat((c, rv), -1), torch.cat((ru, torch.zeros_like(c)), -1)), -2))
 
 
-def _by_products(c: Tensor, hu: Tensor, hv: Tensor) -> tuple[Coefficients, Tensor]:
+def _by_products(c: Tensor, hu: Tensor, hv: Tensor, goal: float) -> tuple[Coefficients, Tensor]:
     """The triples by subspace iteration, U^T U+ and V^T V+ symmetric and positive; and which are proven, (B,)."""
-    p, q, change = _subspaces(c, hu, hv)
+    p, q, change = _subspaces(c, hu, hv, goal)
     gu, gv = p.mT @ hu @ p, q.mT @ hv @ q
-    done = (change <= CONVERGED) & _is_dominant(p, hu, hv, gv)
-    # What is not done may hold anything, and the root below takes the whole batch.
-    p, gu, q, gv = (torch.where(done[:, None, None], t, torch.zeros_like(t)) for t in (p, gu, q, gv))
+    done = (change <= goal) & _is_dominant(p, hu, hv, gv)
+    if not bool(done.all()):
+        # What is not done may hold anything, and the root below takes the whole batch.
+        p, gu, q, gv = (torch.where(done[:, None, None], t, torch.zeros_like(t)) for t in (p, gu, q, gv))
     eye = identity_like(c)
     tu, tv = (inverse_sqrt_increment(torch.cat((gu, gv)) + eye) + eye).chunk(2)
-    s = tu @ (c + p.mT @ hu) @ (tv + gv @ tv)
+    s = tu @ (c + p.mT @ hu + hv @ q) @ tv
     return Coefficients(tu, p @ tu, s, tv, q @ tv), done
 
 
-def _subspaces(c: Tensor, hu: Tensor, hv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _subspaces(c: Tensor, hu: Tensor, hv: Tensor, goal: float) -> tuple[Tensor, Tensor, Tensor]:
     """p, q and the relative change (B,) of p in the last sweep; both inverses by one Newton step a sweep."""
     p = torch.linalg.inv_ex(c)[0]
-    q, change = p.mT, torch.zeros_like(c[:, 0, 0])
-    for _ in range(SWEEPS):
+    ct, q, change = c.mT.contiguous(), p.mT, torch.zeros_like(c[:, 0, 0])
+    for sweep in range(SWEEPS):
         before = p
-        p = torch.baddbmm(2 * p, p @ torch.baddbmm(c, hv, q), p, alpha=-1)
-        q = torch.baddbmm(2 * q, q @ torch.baddbmm(c.mT, hu, p), q, alpha=-1)
-        change = torch.linalg.matrix_norm(p - before) / torch.linalg.matrix_norm(p)
-        if bool((change <= CONVERGED).all()):
-            break
+        p = torch.baddbmm(p, p @ torch.baddbmm(c, hv, q), p, beta=2, alpha=-1)
+        q = torch.baddbmm(q, q @ torch.baddbmm(ct, hu, p), q, beta=2, alpha=-1)
+        if sweep % 2:  # a look costs a third of a sweep
+            change = torch.linalg.matrix_norm(p - before) / torch.linalg.matrix_norm(p)
+            if bool((change <= goal).all()):
+                break
     return p, q, change
 
 
@@ -112,6 +117,10 @@ def _is_dominant(p: Tensor, hu: Tensor, hv: Tensor, gv: Tensor) -> Tensor:
     With t = p^(-1) and y = hv^(1/2) q the kept ones are at least 1 / (||p|| (1 + ||y||^2)^(1/2)), the others at most
     ||hu^(1/2) p hv^(1/2)|| (1 + ||y||^2)^(1/2).
     """
+    size_u, size_v, size, tilt = (torch.linalg.matrix_norm(t) for t in (hu, hv, p, gv))
+    clear = (size_u * size_v).sqrt() * size.square() * (1 + tilt) < 1
+    if bool(clear.all()):
+        return clear
     rest, inverse, tilt = _largest_eigenvalues(torch.cat((hu @ p @ hv @ p.mT, p @ p.mT, gv))).chunk(3)
     return (rest * inverse).sqrt() * (1 + tilt) < 1
 

@@ -18,37 +18,29 @@ from torch.optim import optimizer as torch_optimizer
 
 from .moments import Block
 
-ELEMENTWISE = tuple(
+ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
-    for name in [
-        "ASGD",
-        "Adadelta",
-        "Adagrad",
-        "Adam",
-        "AdamW",
-        "Adamax",
-        "NAdam",
-        "RAdam",
-        "RMSprop",
-        "Rprop",
-        "SGD",
-    ]
+    for name in (
+        *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
+        *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+    )
 )
 
 
 def steps_elementwise(optimizer: Optimizer) -> bool:
     """Whether it is one of torch's elementwise optimizers, and nothing around its step might look at parameters."""
     step = vars(optimizer).get("step")
+    patched = step is not None and not getattr(
+        step, "_wrapped_by_lr_sched", False
+    )  # a scheduler counts, no more
     hooks = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
         getattr(torch_optimizer, "_global_optimizer_pre_hooks", None),
         getattr(torch_optimizer, "_global_optimizer_post_hooks", None),
     )
-    counted = step is None or getattr(
-        step, "_wrapped_by_lr_sched", False
-    )  # a scheduler counts the steps, no more
-    return type(optimizer) in ELEMENTWISE and counted and not any(hooks)
+    compiling = torch.compiler.is_compiling()
+    return type(optimizer) in ELEMENTWISE and not (patched or compiling or any(hooks))
 
 
 def _alone(piece: Tensor) -> Tensor:
@@ -145,7 +137,7 @@ class JointStep:
         self._joints = list(joints)
         self._entered: list[Joint] = []
         self._own: list[tuple[dict[str, Any], list[Tensor]]] = []
-        stand_in = {id(p): None for joint in joints for p in joint.params}
+        stand_in: dict[int, Tensor | None] = {id(p): None for joint in joints for p in joint.params}
         stand_in.update({id(joint.params[0]): joint.whole for joint in joints})
         self._lists = [
             [q for p in group["params"] if (q := stand_in.get(id(p), p)) is not None]

@@ -8,6 +8,7 @@ state, nothing moves. What is a view of something else, that somebody may hold, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -46,11 +47,9 @@ class Block:
                 t.data = t.detach().clone(memory_format=torch.preserve_format)
         self._tensors, self._pointers, self.whole = [], [], None
 
-    def _holds(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._tensors) and all(
-            t is own and t.data_ptr() == pointer
-            for t, own, pointer in zip(tensors, self._tensors, self._pointers, strict=True)
-        )
+    def _holds(self, tensors: Sequence[Any]) -> bool:
+        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        return same and [t.data_ptr() for t in tensors] == self._pointers
 
 
 def _owns_memory(t: Tensor) -> bool:

@@ -41,7 +41,7 @@ SYMMETRIC = 1e-12
 NOT_FINITE = "the displacement is not finite, or too large for its squares: clip the gradient"
 
 
-Small = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
+Small = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,43 @@ class RankRetraction:
         name: its registered name.
         function: the small part, ``f(c, hu, hv) -> (au, bu, s, av, bv)``.
         order: declared order of agreement with the geodesic of the embedded metric.
+        iterative: whether the function takes ``eps``, the accuracy that the points' dtype asks for.
     """
 
     name: str
     function: Small = field(repr=False)
     order: int = 2
+    iterative: bool = False
 
-    def coefficients(self, c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+    def coefficients(self, c: Tensor, hu: Tensor, hv: Tensor, eps: float = 0.0) -> Coefficients:
         """The small part as it was registered, no gauge fixed: all arguments (*b, r, r)."""
-        return Coefficients(*self.function(c, hu, hv))
+        return Coefficients(*(self.function(c, hu, hv, eps) if self.iterative else self.function(c, hu, hv)))
 
 
 _registry: Registry[RankRetraction] = Registry("fixed-rank retraction")
 names, get = _registry.names, _registry.get
 
 
-def register(name: str, *, order: int = 1) -> Callable[[Small], RankRetraction]:
+def register(name: str, *, order: int = 1, iterative: bool = False) -> Callable[[Small], RankRetraction]:
     """Decorator that adds a fixed-rank retraction.
 
     Args:
         name: the word that ``FixedRank(retraction=...)`` will accept.
         order: 1 or 2.
+        iterative: whether the function takes a fourth argument, the eps of the points' dtype.
 
     The decorated function is ``f(c, hu, hv) -> (au, bu, s, av, bv)``, see the module; it computes in float64.
     """
-    return lambda function: _registry.add(name, RankRetraction(name, function, order))
+    return lambda function: _registry.add(name, RankRetraction(name, function, order, iterative))
 
 
-@register("svd", order=2)
-def svd(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+@register("svd", order=2, iterative=True)
+def svd(c: Tensor, hu: Tensor, hv: Tensor, eps: float = 0.0) -> Coefficients:
     """The rank-r matrix nearest to W + xi: a truncated SVD of the 2r x 2r core [[c, hv^(1/2)], [hu^(1/2), 0]].
 
     No QR of anything tall and, where the step is shorter than the singular values of W, no LAPACK; see `core_svd`.
     """
-    return core_svd.truncated(c, hu, hv)
+    return core_svd.truncated(c, hu, hv, eps)
 
 
 @register("orthographic", order=2)
@@ -186,8 +189,8 @@ class _Sides:
         self, xs: Tall, ds: Tall, overlap: tuple[Tensor, Tensor] | None, reduce: Reduce | None
     ) -> None:
         self.xs, self.ds, self._reduce = xs, ds, reduce
-        self._eps = torch.finfo(xs[0].dtype).eps
-        self.sure = SURE * self._eps
+        self.eps = torch.finfo(xs[0].dtype).eps
+        self.sure = SURE * self.eps
         if overlap is None:
             self._multiply(xs, ds)
         else:
@@ -214,7 +217,7 @@ class _Sides:
         if not host_can_look(self._q):
             return None
         b = torch.cat((found.bu, found.bv))
-        found_noise = self._eps * torch.linalg.matrix_norm(self._q) * b.square().sum((-2, -1))
+        found_noise = self.eps * torch.linalg.matrix_norm(self._q) * b.square().sum((-2, -1))
         return found_noise.amax().item() if len(b) else 0.0
 
     def move(
@@ -231,23 +234,25 @@ class _Sides:
         taken = eye
         if sure:
             off = a.mT @ a - eye + b.mT @ self.h @ b + on_x.mT @ (self._c - eye) @ on_x
-            sure = bool((torch.linalg.matrix_norm(off).square() <= self._eps).all())
+            sure = bool((torch.linalg.matrix_norm(off).square() <= self.eps).all())
             if sure:
                 on_x, b, taken = on_x - 0.5 * on_x @ off, b - 0.5 * b @ off, eye + 0.5 * off
         zs = mix((self.ds, b.to(dtype)), (self.xs, (on_x - eye).to(dtype)), start=self.xs, out=out)
         if not sure:
             ys = close(normalize(zs, polar, self._reduce))
             zs, taken = ys, gram(ys, zs, self._reduce).double()
-        return zs, taken.expand_as(a).chunk(2)
+        left, right = taken.expand_as(a).chunk(2)
+        return zs, (left, right)
 
 
 def _small_part(retraction: RankRetraction, c: Tensor, sides: _Sides, floor: float) -> Coefficients:
     """The coefficients with rank and gauge seen to."""
-    found = retraction.coefficients(c, *sides.h.chunk(2))
-    if host_can_look(c) and not all(bool(torch.isfinite(t).all()) for t in (found.au, found.av, found.s)):
+    hu, hv = sides.h.chunk(2)
+    found = retraction.coefficients(c, hu, hv, sides.eps)
+    sums = [t.sum() for t in (found.au, found.av, found.s)]
+    if host_can_look(c) and not bool(torch.stack(sums).isfinite().all()):
         raise StepError(f"{retraction.name} finds no point: the step is too long; lower the learning rate")
-    limit = max(floor, torch.finfo(sides.xs[0].dtype).eps)
-    if not _has_rank(found.s, limit):
+    if not _has_rank(found.s, max(floor, sides.eps)):
         found = _keep_rank(found, floor)
     au, bu, s, av, bv = found
     a = torch.cat((au, av))

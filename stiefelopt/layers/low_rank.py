@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
@@ -144,8 +145,31 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
+        if self._may_fuse(x):
+            return self._fused(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
         y = self.base(x)
         return y if self.merged else self.add_update(y, x)
+
+    def _may_fuse(self, x: Tensor) -> bool:
+        """Whether base and update may be computed as one: a frozen nn.Linear that nobody listens to, in one dtype."""
+        base: Any = self.base
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and x.dtype == base.weight.dtype == self.V.dtype
+            and not any(t.requires_grad for t in base.parameters())
+            and not (self.merged or (self.training and self.dropout.p))
+            and not any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks))
+            and not (base._backward_pre_hooks or _has_any_global_hook())
+            and not torch.is_autocast_enabled(x.device.type)
+            and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        )
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """`forward` of rows x; the update is added in place, and nobody has seen the base's output."""
+        z, wide = self._thin(x)
+        base: Any = self.base
+        return F.linear(x, base.weight, base.bias).addmm_(z, wide.T)
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Y + scale (dropout(x) V) S^T U^T, in y's dtype; y is base(x)."""
@@ -156,13 +180,17 @@ class LowRankLinear(nn.Module):
 
     def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
         """Y + scale (h V) S^T U^T, less the correction beside it."""
+        return _plus_product(y, *self._thin(h))
+
+    def _thin(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Z and U, with the correction's columns, whose product z U^T is the update."""
         z = h @ self.V
         # The scale goes to the r columns here, not to the wide result.
         z = z * (self.S * self.scale) if self.diagonal else F.linear(z, self.S * self.scale)
         u0, v0 = self._correction_beside()
         if v0 is not None:
             z = torch.cat((z, -self.scale * (h @ v0)), -1)
-        return _plus_product(y, z, beside(self.U, u0))
+        return z, beside(self.U, u0)
 
     def _correction_beside(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """U0 and V0, where the correction is applied beside the base weight."""
