@@ -46,6 +46,14 @@ class Slot:
     group: int
 
 
+class Space(NamedTuple):
+    """A workspace (k, *shape) laid out like the parameters, as one tall stack, and this rank's part of each piece."""
+
+    whole: Tensor
+    tall: Tensor
+    own: list[Tensor]
+
+
 class Moments(NamedTuple):
     """Moments as one stack (b, n, p), and the tensors it must be written back to; none where it is their memory."""
 
@@ -61,14 +69,15 @@ class Stack:
     """Parameters of one shape and placement, with the workspaces that hold their points and gradients.
 
     The workspaces have the parameters' own memory layout, so that gathering is one straight copy and the inner
-    optimizer sees gradients laid out like its parameters; `xs`, `gs` and `work`, for points, gradients and where the
-    optimizer leaves the points, are tall views of them.
+    optimizer sees gradients laid out like its parameters. There are two: one for the points, one for the gradients
+    and, once these have been used, for where the optimizer has left the points. Where it steps all as one, it does so
+    in the first, and the points are gathered anew in the second.
 
     Args:
         slots: the parameters.
         optimizer: their optimizer.
         shards: how they are cut over ranks.
-        join: whether the optimizer may step them as one, see `joint`. That takes a workspace more.
+        join: whether the optimizer may step them as one, see `joint`.
     """
 
     def __init__(
@@ -92,15 +101,13 @@ class Stack:
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
         self._dense = self._flipped or all(t.is_contiguous() for t in here)
         join = join and self._dense and shards is None and self._masters is None and p.device.type == "cpu"
-        self._points, self._grad_space = self._workspace(), self._workspace()
-        self._work = self._workspace() if join else self._grad_space
+        self._spaces = self._space(), self._space()
+        self._points, self._work = self._spaces
         self.joints = self._joints() if join else []
-        self.joined = False
-        self.xs, self.gs, self.work = map(self._tall, (self._points, self._grad_space, self._work))
-        self._points_of, self._work_of = list(self._own(self._points)), list(self._own(self._work))
-        self._grads_of = list(self._own(self._grad_space))
+        self.joined = self._untouched = False
+        gradients = self._spaces[1]
         self._parts = (  # what the optimizer reads, on this rank
-            self._grads_of if self._dense else [torch.empty_like(t, dtype=self._work.dtype) for t in here]
+            gradients.own if self._dense else [torch.empty_like(t, dtype=gradients.whole.dtype) for t in here]
         )
         self._grads = self._parts if shards is None else [shards.like_parameter(t) for t in self._parts]
         self._blocks: dict[str, Block] = {}
@@ -112,14 +119,15 @@ class Stack:
 
     def _joints(self) -> list[Joint]:
         """One for every few parameters of one group: as many as keep the optimizer's passes in the cache."""
-        most = max(1, JOINT_BYTES // (self._points[0].numel() * self._points.element_size()))
+        points, gradients = (space.whole for space in self._spaces)
+        most = max(1, JOINT_BYTES // (points[0].numel() * points.element_size()))
         found, start = [], 0
         for _, run in groupby(self.slots, key=lambda slot: slot.group):
             end = start + len(list(run))
             while start < end:
                 stop = min(start + most, end)
-                spaces = self._work[start:stop], self._grad_space[start:stop]
-                found.append(Joint(self._optimizer, self.params[start:stop], *spaces))
+                here = slice(start, stop)
+                found.append(Joint(self._optimizer, self.params[here], points[here], gradients[here]))
                 start = stop
         return found
 
@@ -130,6 +138,20 @@ class Stack:
     def _own(self, workspace: Tensor) -> Tensor:
         """What this rank stores of a workspace."""
         return workspace if self._shards is None else self._shards.own(workspace)
+
+    @property
+    def xs(self) -> Tensor:
+        """The points, (b, n, p)."""
+        return self._points.tall
+
+    @property
+    def work(self) -> Tensor:
+        """The converted gradients, then where the optimizer has left the points, then the new points, (b, n, p)."""
+        return self._work.tall
+
+    def _space(self) -> Space:
+        whole = self._workspace()
+        return Space(whole, self._tall(whole), list(self._own(whole)))
 
     def _workspace(self) -> Tensor:
         """(k, *shape), each piece laid out like a parameter."""
@@ -150,11 +172,10 @@ class Stack:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
         if (self.params[0].dtype, self.params[0].shape) != self._kind:
             raise RuntimeError("the parameters' dtype or shape has changed")
-        self._gather(self._masters.values() if self._masters else self.params, self._points)
+        self._points, self._work = self._spaces
+        self._gather(self._masters.values() if self._masters else self.params, self._points.whole)
         self._found_grads = [p.grad for p in self.params]
-        self._gather(self._found_grads, self._grad_space)  # type: ignore[arg-type]
-        if self.joints:
-            self._work.copy_(self._points)
+        self._gather(self._found_grads, self._work.whole)  # type: ignore[arg-type]
 
     def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
         tensors, own = self._here(tensors), self._own(workspace)
@@ -166,13 +187,19 @@ class Stack:
         if self._shards is not None:
             self._shards.complete(workspace)
 
-    def lend_gradients(self, keep: Sequence[bool]) -> None:
+    def lend(self, keep: Sequence[bool], *, joined: bool) -> None:
+        """Show the optimizer the converted gradients and the points: joined, where it may step all as one."""
+        self.joined = self._untouched = joined and bool(self.joints)
+        if not self.joined:
+            self._lend_gradients(keep)
+
+    def _lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
         self._own_grads, self._kept = self._found_grads, keep
         if self._masters:
-            self._masters.enter(list(self._points.clone()))
+            self._masters.enter(list(self._points.whole.clone()))
         if not self._dense:
-            torch._foreach_copy_(self._parts, self._grads_of)
+            torch._foreach_copy_(self._parts, self._work.own)
         for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
             p.grad = grad if kept else None
         self._lent_versions = self._versions()
@@ -187,14 +214,18 @@ class Stack:
         self._own_grads, self._found_grads = [], []
 
     def load_moved(self) -> None:
-        """Where the inner optimizer left the parameters, into the work space; joined they are there already."""
-        if not self.joined:
-            self._gather(self._stepped, self._work)
+        """Where the inner optimizer left the points, into the work space."""
+        if self.joined:  # it has left them where they were gathered, and the parameters untouched
+            self._work, self._points = self._spaces
+            self._untouched = False
+            self._gather(self.params, self._points.whole)
+        else:
+            self._gather(self._stepped, self._work.whole)
 
     def reset_moved(self, index: Sequence[int]) -> None:
         """Pretend that the inner optimizer left these parameters where they were."""
         for i in index:
-            self._work[i] = self._points[i]
+            self._work.whole[i] = self._points.whole[i]
 
     def store(self, y: OpenSum) -> None:
         """Write new points (b, n, p) to the parameters."""
@@ -203,9 +234,9 @@ class Stack:
             torch.add(z, dz, out=self.work)
         elif z is not self.work:
             self.work.copy_(z)
-        torch._foreach_copy_(self._here(self.params), self._work_of)
+        torch._foreach_copy_(self._here(self.params), self._work.own)
         if self._masters:
-            self._masters.keep(self._work_of, self._kept)
+            self._masters.keep(self._work.own, self._kept)
 
     def moments(self, name: str) -> Moments | None:
         """The optimizer's tensors of this name; None unless every parameter has one of its own shape."""
@@ -245,7 +276,8 @@ class Stack:
 
     def restore(self) -> None:
         """Put the parameters back to where they were when they were loaded."""
-        torch._foreach_copy_(self._here(self.params), self._points_of)
+        if not self._untouched:
+            torch._foreach_copy_(self._here(self.params), self._points.own)
 
     def recover(self) -> None:
         """`return_gradients` and `restore` some time after the step has failed: what was set since then stays.
@@ -257,7 +289,7 @@ class Stack:
         for p, grad, lent, kept in zip(self.params, found, self._grads, self._kept, strict=True):
             if grad is not (lent if kept else None) or (kept and written):
                 p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
-        for p, stepped, x in zip(self.params, self._stepped, self._points_of, strict=True):
+        for p, stepped, x in zip(self.params, self._stepped, self._points.own, strict=True):
             if not self._is_set(stepped):
                 local(p).copy_(x)
             elif stepped is not p:
@@ -293,11 +325,18 @@ class Bucket:
         self._placement = stacks[0].slots[0].placement
         self.manifold = self._placement.manifold
         self._parts = self.manifold.parts
-        self.xs = [s.xs for s in stacks]
-        self.gs = [s.gs for s in stacks]
-        self.work = [s.work for s in stacks]
         self._drift = max(stack.drift for stack in stacks)
         self._limit = torch.finfo(self.xs[0].dtype).max / (4 * self.xs[0].shape[-1])
+
+    @property
+    def xs(self) -> list[Tensor]:
+        """The points of every stack."""
+        return [s.xs for s in self.stacks]
+
+    @property
+    def work(self) -> list[Tensor]:
+        """And what its work space holds."""
+        return [s.work for s in self.stacks]
 
     def convert_gradients(self) -> list[Slot]:
         """Load points and gradients and make the gradients Riemannian; return the slots that are not finite.
@@ -306,7 +345,7 @@ class Bucket:
         """
         for stack in self.stacks:
             stack.load()
-        return self._non_finite(self._make_riemannian(self.gs))
+        return self._non_finite(self._make_riemannian(self.work))
 
     def _make_riemannian(self, gs: Sequence[Tensor]) -> Tensor:
         """Overwrite gradients by Riemannian ones; returns small matrices in which NaN and Inf show."""

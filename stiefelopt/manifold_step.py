@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .buckets import Bucket, Slot, Stack, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
-from .joint import JointStep
+from .joint import ELEMENTWISE, JointStep
 from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
 from .shapes import without_autocast
@@ -62,7 +62,7 @@ def _saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
 class ManifoldStep:
     """The eight lines of a step, around any optimizer: `before` it and `after` it.
 
-    Holds workspaces, never state: two to three times the bytes of the constrained parameters.
+    Holds workspaces, never state: twice the bytes of the constrained parameters.
 
     Args:
         optimizer: the inner optimizer.
@@ -91,7 +91,7 @@ class ManifoldStep:
         self._warned = False
         self._begun = False
         # A skipped point needs what the inner optimizer made of the others a second time.
-        self._join = join and nonfinite != "skip"
+        self._join = join and nonfinite != "skip" and type(optimizer) in ELEMENTWISE
         self._joint_step = JointStep(optimizer, [])
         self._buckets: list[Bucket] = []
         self._unpaired: list[Tensor] = []
@@ -255,10 +255,8 @@ class ManifoldStep:
         try:
             joined = not refused and self._joint_step.enter()
             for stack in self._stacks():
-                stack.joined = joined and bool(stack.joints)
-                if not stack.joined:
-                    # Without a gradient the optimizer leaves the parameter alone: a zero displacement moves no bit.
-                    stack.lend_gradients([id(p) not in refused for p in stack.params])
+                # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
+                stack.lend([id(p) not in refused for p in stack.params], joined=joined)
             self._withheld = [(p, p.grad) for p in self._unpaired if p.grad is not None]
             for p, _ in self._withheld:
                 p.grad = None

@@ -1,0 +1,129 @@
+"""Base and update computed as one: the same numbers at fewer passes, and only where nobody could tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stiefelopt import RiemannLoRALinear, StelLALinear
+
+LAYERS: dict[str, Callable[..., Any]] = {
+    "stella": StelLALinear,
+    "stella-diagonal": lambda base, **o: StelLALinear(base, diagonal=True, **o),
+    "stella-keep": lambda base, **o: StelLALinear(base, init="pseudo-zero", correction="keep", **o),
+    "riemannlora": RiemannLoRALinear,
+    "riemannlora-keep": lambda base, **o: RiemannLoRALinear(base, correction="keep", **o),
+}
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+
+
+def layer_of(make: Callable[..., Any], *, bias: bool = True, **options: Any) -> Any:
+    torch.manual_seed(0)
+    layer = make(nn.Linear(7, 9, bias=bias, dtype=torch.float64), r=3, alpha=6, **options)
+    with torch.no_grad():
+        layer.S.add_(torch.rand_like(layer.S))
+    return layer
+
+
+def outcome(layer: Any, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients by the input and the factors."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    factors = [p for p in layer.parameters() if p.requires_grad]
+    return [y, *torch.autograd.grad((y * torch.arange(1.0, 10.0)).sin().sum(), [x, *factors])]
+
+
+@each_layer
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,), (2, 0, 3)])
+def test_it_is_what_base_and_update_give_apart(
+    make: Callable[..., Any], bias: bool, batch: tuple[int, ...]
+) -> None:
+    layer, x = layer_of(make, bias=bias), torch.randn(*batch, 7, dtype=torch.float64)
+    assert layer._may_fuse(x)
+    together = outcome(layer, x)
+    seen = []
+    layer.base.register_forward_hook(lambda _, inputs, y: seen.append(y.clone()))
+    assert not layer._may_fuse(x)
+    torch.testing.assert_close(together, outcome(layer, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen, [nn.functional.linear(x, layer.base.weight, layer.base.bias)])
+
+
+class Wide(TorchDispatchMode):
+    """Counts the results with as many columns as the layer has outputs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {t.data_ptr() for t in args if isinstance(t, Tensor)}
+        if isinstance(out, Tensor) and out.shape[-1:] == (9,) and out.data_ptr() not in known:
+            self.count += 1
+        return out
+
+
+@each_layer
+def test_it_makes_one_wide_result(make: Callable[..., Any]) -> None:
+    layer, x = layer_of(make), torch.randn(5, 7, dtype=torch.float64)
+    with torch.no_grad(), Wide() as together:
+        layer(x)
+    layer.base.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), Wide() as apart:
+        layer(x)
+    # The factors of a correction beside the base have as many columns too.
+    assert (together.count, apart.count) == ((1, 2) if layer.U.shape[-1] == 3 else (2, 3))
+
+
+def test_whoever_listens_or_trains_is_served() -> None:
+    layer, x = layer_of(StelLALinear), torch.randn(5, 7, dtype=torch.float64)
+    seen: list[type[nn.Module]] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    layer(x)
+    handle.remove()
+    assert nn.Linear in seen
+    layer.base.weight.requires_grad_()
+    layer(x).sum().backward()
+    assert layer.base.weight.grad is not None
+
+
+def test_dropout_is_applied_to_the_adapters_input_alone() -> None:
+    layer, x = layer_of(StelLALinear, dropout=0.5), torch.ones(5, 7, dtype=torch.float64)
+    torch.manual_seed(1)
+    training = layer(x)
+    torch.manual_seed(1)
+    h = nn.functional.dropout(x, 0.5)
+    expected = layer.base(x) + layer.scale * (h @ layer.V @ layer.S.T @ layer.U.T)
+    torch.testing.assert_close(training, expected)
+    torch.testing.assert_close(
+        layer.eval()(x), layer.base(x) + layer.add_update(torch.zeros(5, 9).double(), x)
+    )
+
+
+def test_autocast_decides_the_dtype() -> None:
+    layer = layer_of(StelLALinear).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(5, 7)).dtype == torch.bfloat16
+
+
+def test_stella_is_differentiable_twice() -> None:
+    layer, x = layer_of(StelLALinear), torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    factors = (layer.U, layer.S, layer.V)
+
+    def function(x: Tensor, *factors: Tensor) -> Tensor:
+        named = dict(zip(("U", "S", "V"), factors, strict=True))
+        return functional_call(layer, named, (x,)).tanh()
+
+    assert torch.autograd.gradgradcheck(function, (x, *factors))
+
+
+def test_factors_may_be_batched_by_vmap() -> None:
+    layer, x = layer_of(StelLALinear), torch.randn(4, 7, dtype=torch.float64)
+    s = torch.randn(6, 3, 3, dtype=torch.float64)
+    found = vmap(lambda s: functional_call(layer, {"S": s}, (x,)))(s)
+    torch.testing.assert_close(found, torch.stack([functional_call(layer, {"S": one}, (x,)) for one in s]))

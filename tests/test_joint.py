@@ -1,0 +1,257 @@
+"""Parameters that the inner optimizer steps as one: the same numbers, the same state, and nothing the user can see."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import adam
+
+from stiefelopt import FixedRank, RiemannianWrapper, Stiefel, joint
+from stiefelopt.joint import ELEMENTWISE
+from stiefelopt.moments import Block
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "SGD": [{}, {"momentum": 0.9, "nesterov": True}],
+    "AdamW": [{}, {"amsgrad": True}, {"fused": True}, {"foreach": True}],
+    "RMSprop": [{"momentum": 0.9, "centered": True}],
+}
+CASES = [
+    pytest.param(cls, options, id=f"{cls.__name__}-{'-'.join(options)}")
+    for cls in sorted(ELEMENTWISE, key=lambda cls: cls.__name__)
+    for options in OPTIONS.get(cls.__name__, [{}])
+]
+
+
+def points() -> list[nn.Parameter]:
+    """Two heights and both memory layouts on Stiefel, then two points of fixed rank."""
+    g = torch.Generator().manual_seed(0)
+    stiefel = [Stiefel().random_point(n, 4, generator=g) for n in (12, 12, 9, 12)]
+    stiefel[3] = stiefel[3].mT.contiguous().mT
+    ranked = [t for _ in range(2) for t in FixedRank().random_point(8, 6, rank=3, generator=g)]
+    free = [torch.randn(5, generator=g)]
+    return [nn.Parameter(t.clone(memory_format=torch.preserve_format)) for t in (*stiefel, *ranked, *free)]
+
+
+def wrapped(params: list[nn.Parameter], cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
+    """Three groups: the second has points of the first one's shape, the last holds a free parameter."""
+    groups = [
+        {"params": params[:2], "manifold": Stiefel(transport="projection")},
+        {"params": params[2:4], "manifold": Stiefel(transport="projection"), "lr": 0.02},
+        {"params": params[4:10], "manifold": FixedRank()},
+        {"params": params[10:]},
+    ]
+    return RiemannianWrapper(cls(groups, lr=0.01, **options))  # type: ignore[arg-type, call-arg]
+
+
+def train(params: list[nn.Parameter], optimizer: Any, steps: range, without: int | None = None) -> None:
+    for k in steps:
+        g = torch.Generator().manual_seed(100 + k)
+        for i, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=g)
+            p.grad = None if i == without else torch.empty_like(p).copy_(grad)
+        optimizer.step()
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches joining off and on."""
+    own = joint.steps_elementwise
+
+    def switch(off: bool) -> None:
+        monkeypatch.setattr(joint, "steps_elementwise", (lambda _: False) if off else own)
+
+    return switch
+
+
+def is_joined(optimizer: Any) -> bool:
+    return all(stack.joined for stack in optimizer._core._stacks())
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize(("cls", "options"), CASES)
+def test_joined_and_apart_are_equal_bit_for_bit(
+    cls: type[torch.optim.Optimizer], options: dict[str, Any], apart: Callable[[bool], None]
+) -> None:
+    runs = []
+    for off in (False, True):
+        apart(off)
+        params = points()
+        optimizer = wrapped(params, cls, options)
+        train(params, optimizer, range(5))
+        assert is_joined(optimizer) is not off
+        runs.append((params, optimizer.state_dict()))
+    if options.get("fused"):  # its kernel rounds the last few entries of a tensor otherwise than the rest
+        torch.testing.assert_close(*(run[0] for run in runs), rtol=1e-5, atol=1e-6)
+    else:
+        assert same(*runs)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_run_may_change_between_both_at_any_step(
+    cls: type[torch.optim.Optimizer], apart: Callable[[bool], None]
+) -> None:
+    options = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+    whole, parts = points(), points()
+    train(whole, wrapped(whole, cls, options), range(6))
+    optimizer = wrapped(parts, cls, options)
+    for k in range(6):
+        apart(k % 2 == 0)
+        train(parts, optimizer, range(k, k + 1))
+    assert same(whole, parts)
+
+
+@pytest.mark.parametrize("how", ["save", "deepcopy", "state_dict"])
+def test_saved_copied_and_loaded_state_goes_on_joined(how: str) -> None:
+    params = points()
+    optimizer = wrapped(params, torch.optim.AdamW, {})
+    train(params, optimizer, range(3))
+    if how == "deepcopy":
+        params_too, optimizer_too = copy.deepcopy((params, optimizer))
+    else:
+        params_too = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+        optimizer_too = wrapped(params_too, torch.optim.AdamW, {})
+        state = copy.deepcopy(optimizer.state_dict())
+        if how == "save":
+            file = io.BytesIO()
+            torch.save(state, file)
+            # As large as separate tensors: views of one memory are stored once.
+            assert (
+                file.tell() < 2 * sum(t.nbytes for p in params for t in optimizer.state[p].values()) + 2**15
+            )
+            file.seek(0)
+            state = torch.load(file)
+        optimizer_too.load_state_dict(state)
+    train(params, optimizer, range(3, 6))
+    train(params_too, optimizer_too, range(3, 6))
+    assert is_joined(optimizer_too)
+    assert same(params, params_too)
+
+
+def test_a_parameter_that_sits_out_keeps_its_own_state(apart: Callable[[bool], None]) -> None:
+    runs = []
+    for off in (False, True):
+        apart(off)
+        params = points()
+        optimizer = wrapped(params, torch.optim.AdamW, {})
+        train(params, optimizer, range(2))
+        train(params, optimizer, range(2, 4), without=1)
+        train(params, optimizer, range(4, 6))
+        # Its step count is not that of its neighbours now: they have no state in common.
+        assert not is_joined(optimizer)
+        assert [optimizer.state[p]["step"].item() for p in params[:3]] == [6, 4, 6]
+        runs.append((params, optimizer.state_dict()))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("what", ["pre-hook", "post-hook", "patched step", "subclass", "skip"])
+def test_who_may_look_at_parameters_sees_each(what: str) -> None:
+    class Own(torch.optim.AdamW):
+        pass
+
+    params = points()
+    optimizer = wrapped(params, Own if what == "subclass" else torch.optim.AdamW, {})
+    inner, seen = optimizer.optimizer, []  # type: Any, list[bool]
+
+    def look(*_: Any) -> None:
+        seen.append(inner.param_groups[0]["params"][0] is params[0])
+
+    if what == "pre-hook":
+        inner.register_step_pre_hook(look)
+    elif what == "post-hook":
+        inner.register_step_post_hook(look)
+    elif what == "patched step":
+        step = inner.step
+
+        def looked(*args: Any) -> None:
+            look()
+            step(*args)
+
+        inner.step = looked
+    elif what == "skip":
+        optimizer = RiemannianWrapper(inner, nonfinite="skip")
+    train(params, optimizer, range(2))
+    assert not is_joined(optimizer)
+    assert all(seen)
+    assert len(seen) == (0 if what in ("subclass", "skip") else 2)
+
+
+def test_a_scheduler_of_the_inner_optimizer_does_not_keep_them_apart() -> None:
+    params = points()
+    optimizer = wrapped(params, torch.optim.AdamW, {})
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer.optimizer, 1)
+    train(params, optimizer, range(2))
+    schedule.step()
+    assert is_joined(optimizer)
+
+
+def test_an_inner_step_that_raises_leaves_groups_points_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = points()
+    optimizer = wrapped(params, torch.optim.AdamW, {})
+    train(params, optimizer, range(2))
+    before = [p.detach().clone() for p in params]
+    lists = [group["params"] for group in optimizer.param_groups]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adam, "_single_tensor_adam", fail)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match="no"):
+            optimizer.step()
+    assert all(a["params"] is b for a, b in zip(optimizer.param_groups, lists, strict=True))
+    assert same(before, [p.detach() for p in params])
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in params if p.grad is not None)
+    assert set(optimizer.state) == set(params)
+    train(params, optimizer, range(2, 3))
+    assert is_joined(optimizer)
+
+
+def test_the_inner_optimizer_makes_as_few_calls_as_there_are_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    own = adam._single_tensor_adam
+
+    def count(params: list[Tensor], *args: Any, **kwargs: Any) -> None:
+        seen.append(len(params))
+        own(params, *args, **kwargs)
+
+    monkeypatch.setattr(adam, "_single_tensor_adam", count)
+    params = [nn.Parameter(Stiefel().random_point(16, 4)) for _ in range(50)]
+    optimizer = RiemannianWrapper(torch.optim.AdamW([{"params": params, "manifold": Stiefel()}]))
+    train(params, optimizer, range(2))
+    assert seen == [1, 1]
+
+
+def test_state_that_somebody_else_holds_a_view_of_stays_where_it_is() -> None:
+    flat = torch.randn(3, 4, 5)
+    shared = [flat[2], flat[0]]
+    block = Block()
+    assert block.of(shared, lambda: torch.empty(2, 4, 5)) is None
+    assert shared[0].data_ptr() == flat[2].data_ptr()
+    own = [torch.randn(4, 5) for _ in range(2)]
+    values = [t.clone() for t in own]
+    whole = block.of(own, lambda: torch.empty(2, 4, 5))
+    assert whole is not None
+    assert same([list(whole), own], [values, values])
+    whole += 1
+    assert same(own, [v + 1 for v in values])
+    block.dissolve()
+    whole += 1
+    assert same(own, [v + 1 for v in values])
