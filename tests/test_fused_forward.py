@@ -46,11 +46,11 @@ def test_it_is_what_base_and_update_give_apart(
     make: Callable[..., Any], bias: bool, batch: tuple[int, ...]
 ) -> None:
     layer, x = layer_of(make, bias=bias), torch.randn(*batch, 7, dtype=torch.float64)
-    assert layer._may_fuse(x)
+    assert layer.may_fuse(x)
     together = outcome(layer, x)
     seen = []
     layer.base.register_forward_hook(lambda _, inputs, y: seen.append(y.clone()))
-    assert not layer._may_fuse(x)
+    assert not layer.may_fuse(x)
     torch.testing.assert_close(together, outcome(layer, x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(seen, [nn.functional.linear(x, layer.base.weight, layer.base.bias)])
 

@@ -17,7 +17,7 @@ ROOT = Path(stiefelopt.__file__).parent
 # From the bottom up. A room may import from its own floor and from those below; circles are refused everywhere.
 FLOORS = (
     ("errors",),
-    ("registry", "shapes", "gram", "matfun", "core_svd", "distributed"),
+    ("registry", "shapes", "gram", "matfun", "core_svd", "distributed", "moments"),
     (
         "metrics",
         "projections",
@@ -28,7 +28,7 @@ FLOORS = (
         "transports",
     ),
     ("manifolds",),
-    ("placement", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
+    ("placement", "joint", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
     ("lora_pairs", "groups", "wrapper", "optim", "layers"),
     ("laws", "rank_laws", "pair_laws", "testing", "integrations"),
 )

@@ -145,14 +145,14 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
-        if self._may_fuse(x):
+        if self.may_fuse(x):
             return self._fused(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
         y = self.base(x)
         return y if self.merged else self.add_update(y, x)
 
-    def _may_fuse(self, x: Tensor) -> bool:
+    def may_fuse(self, x: Tensor) -> bool:
         """Whether base and update may be computed as one: a frozen nn.Linear that nobody listens to, in one dtype."""
-        base: Any = self.base
+        base: Any = self.base.module if isinstance(self.base, SharedBase) else self.base
         return (
             type(base) is nn.Linear
             and type(base.weight) is nn.Parameter

@@ -233,8 +233,9 @@ class RiemannLoRALinear(LowRankLinear):
         u, s, v, u0, v0 = (t if t is None else t.to(dtype) for t in factors)
         return _LowRankUpdate.apply(y, h.to(dtype), u, s, v, self.scale, u0, v0)
 
-    def _may_fuse(self, x: Tensor) -> bool:
-        return self._probe is None and super()._may_fuse(x)
+    def may_fuse(self, x: Tensor) -> bool:
+        """As in the base class, but for `loi_init`'s probe."""
+        return self._probe is None and super().may_fuse(x)
 
     def _fused(self, x: Tensor) -> Tensor:
         base: Any = self.base

@@ -78,14 +78,17 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             self._check_rows(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        off = self.disable_adapters or self.merged
+        active = (
+            [] if off else [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+        )
+        if len(active) == 1 and adapter_names is None and not (args or kwargs) and active[0].may_fuse(x):
+            return active[0].forward(x)
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
-        if adapter_names is not None:
+        if adapter_names is not None and not off:
             return self._mixed(y, x, adapter_names)
-        for name in self.active_adapters:
-            if name in self.adapters:
-                y = self.adapters[name].add_update(y, x)
+        for adapter in active:
+            y = adapter.add_update(y, x)
         return y
 
     def _check_rows(self, x: Tensor, adapter_names: Sequence[str]) -> None:
