@@ -1,4 +1,4 @@
-"""Stacks and back: parameters of one manifold and width gathered into a few batched matrices.
+"""Buckets: stacks of one manifold and width, of several heights, that take a step together.
 
 A bucket is worked through beat by beat, all its heights together in the small algebra. On the CPU it is kept
 small enough for the cache, so that the passes after the first cost little; on an accelerator it has no limit.
@@ -8,307 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .distributed import RowSum, Shards, is_distributed, local
+from .distributed import RowSum, Shards, is_distributed
 from .errors import StepError
 from .gram import split, squared_norm
-from .joint import Joint
 from .manifolds.base import Carry
-from .moments import Block
-from .placement import Placement, residual_of, sharding_of
-from .precision import Masters
-from .retractions import OpenSum
-from .shapes import HALF, compute_dtype, tolerance
+from .placement import sharding_of
+from .stacks import Point, Slot, Stack, is_flipped
 
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
 CPU_BUCKET_BYTES = 8 * 2**20
-# Bytes of points that the inner optimizer steps as one: with gradient and moments they fit the cache.
-JOINT_BYTES = 2**18
-
 # What torch.optim and most others call averages of squared gradients.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-
-
-@dataclass(eq=False)
-class Slot:
-    """One constrained parameter."""
-
-    p: Tensor
-    label: object
-    placement: Placement
-    group: int
-
-
-class Space(NamedTuple):
-    """A workspace (k, *shape) laid out like the parameters, as one tall stack, and this rank's part of each piece."""
-
-    whole: Tensor
-    tall: Tensor
-    own: list[Tensor]
-
-
-class Moments(NamedTuple):
-    """Moments as one stack (b, n, p), and the tensors it must be written back to; none where it is their memory."""
-
-    tall: Tensor
-    tensors: list[Tensor]
-
-
-# The parameters that make one: a single one on Stiefel, U, S, V on FixedRank, A, B on FixedRankPair.
-Point = Sequence[Slot]
-
-
-class Stack:
-    """Parameters of one shape and placement, with the workspaces that hold their points and gradients.
-
-    The workspaces have the parameters' own memory layout, so that gathering is one straight copy and the inner
-    optimizer sees gradients laid out like its parameters. There are two: one for the points, one for the gradients
-    and, once these have been used, for where the optimizer has left the points. Where it steps all as one, it does so
-    in the first, and the points are gathered anew in the second.
-
-    Args:
-        slots: the parameters.
-        optimizer: their optimizer.
-        shards: how they are cut over ranks.
-        join: whether the optimizer may step them as one, see `joint`.
-    """
-
-    def __init__(
-        self, slots: Sequence[Slot], optimizer: Optimizer, shards: Shards | None = None, join: bool = False
-    ) -> None:
-        self.slots = slots
-        self.params = [s.p for s in slots]
-        self._optimizer = optimizer
-        self._masters = Masters(self.params, optimizer) if self.params[0].dtype in HALF else None
-        self._shards = shards
-        p = self.params[0]
-        # What follows is this rank's part; which way the whole lies is said, since a part does not show it.
-        self._placement = slots[0].placement.oriented(p.shape)
-        self.scale = self._placement.scale(p.shape)
-        self.drift = tolerance(p.dtype, *(1, *self._placement.tall_shape(p.shape))[-2:])
-        # Column-major parameters, as LAPACK's QR and SVD return them, are gathered as they lie.
-        self._flipped = is_flipped(p)
-        self._kind = p.dtype, p.shape
-        here = self._here(self.params)
-        self._shape = p.shape if shards is not None and shards.is_gathered else here[0].shape
-        # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
-        self._dense = self._flipped or all(t.is_contiguous() for t in here)
-        join = join and self._dense and shards is None and self._masters is None and p.device.type == "cpu"
-        self._spaces = self._space(), self._space()
-        self._points, self._work = self._spaces
-        self.joints = self._joints() if join else []
-        self.joined = self._untouched = False
-        gradients = self._spaces[1]
-        self._parts = (  # what the optimizer reads, on this rank
-            gradients.own if self._dense else [torch.empty_like(t, dtype=gradients.whole.dtype) for t in here]
-        )
-        self._grads = self._parts if shards is None else [shards.like_parameter(t) for t in self._parts]
-        self._blocks: dict[str, Block] = {}
-        self._found_grads: list[Tensor | None] = []
-        self._own_grads: list[Tensor | None] = []
-        self._lent_versions = 0
-        self._stepped: Sequence[Tensor] = self.params
-        self._kept: Sequence[bool] = []
-
-    def _joints(self) -> list[Joint]:
-        """One for every few parameters of one group: as many as keep the optimizer's passes in the cache."""
-        points, gradients = (space.whole for space in self._spaces)
-        most = max(1, JOINT_BYTES // (points[0].numel() * points.element_size()))
-        found, start = [], 0
-        for _, run in groupby(self.slots, key=lambda slot: slot.group):
-            end = start + len(list(run))
-            while start < end:
-                stop = min(start + most, end)
-                here = slice(start, stop)
-                found.append(Joint(self._optimizer, self.params[here], points[here], gradients[here]))
-                start = stop
-        return found
-
-    def _here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What lies on this rank of tensors like the parameters."""
-        return list(tensors) if self._shards is None else [self._shards.local(t) for t in tensors]
-
-    def _own(self, workspace: Tensor) -> Tensor:
-        """What this rank stores of a workspace."""
-        return workspace if self._shards is None else self._shards.own(workspace)
-
-    @property
-    def xs(self) -> Tensor:
-        """The points, (b, n, p)."""
-        return self._points.tall
-
-    @property
-    def work(self) -> Tensor:
-        """The converted gradients, then where the optimizer has left the points, then the new points, (b, n, p)."""
-        return self._work.tall
-
-    def _space(self) -> Space:
-        whole = self._workspace()
-        return Space(whole, self._tall(whole), list(self._own(whole)))
-
-    def _workspace(self) -> Tensor:
-        """(k, *shape), each piece laid out like a parameter."""
-        p, shape = self.params[0], self._shape[::-1] if self._flipped else self._shape
-        space = torch.empty((len(self.params), *shape), dtype=compute_dtype(p.dtype), device=p.device)
-        return space.mT if self._flipped else space
-
-    def _tall(self, workspace: Tensor) -> Tensor:
-        """The workspace (k, *shape) as one stack (b, n, p), a view."""
-        if self._placement.manifold.held == "tensor":
-            return workspace
-        *batch, rows, columns = self._placement.matrix_shape(self._shape)
-        count = len(self.params) * math.prod(batch)
-        matrices = workspace if workspace.ndim == 3 else workspace.view(count, rows, columns)
-        return matrices.mT if self._placement.is_rows(self._shape) else matrices
-
-    def load(self) -> None:
-        """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
-        if (self.params[0].dtype, self.params[0].shape) != self._kind:
-            raise RuntimeError("the parameters' dtype or shape has changed")
-        self._points, self._work = self._spaces
-        self._gather(self._masters.values() if self._masters else self.params, self._points.whole)
-        self._found_grads = [p.grad for p in self.params]
-        self._gather(self._found_grads, self._work.whole)  # type: ignore[arg-type]
-
-    def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
-        tensors, own = self._here(tensors), self._own(workspace)
-        if tensors[0].dtype != workspace.dtype:
-            tensors = [t.to(workspace.dtype) for t in tensors]
-        if self._flipped:
-            tensors, own = [t.mT for t in tensors], own.mT
-        torch.stack(tensors, out=own)
-        if self._shards is not None:
-            self._shards.complete(workspace)
-
-    def lend(self, keep: Sequence[bool], *, joined: bool) -> None:
-        """Show the optimizer the converted gradients and the points: joined, where it may step all as one."""
-        self.joined = self._untouched = joined and bool(self.joints)
-        if not self.joined:
-            self._lend_gradients(keep)
-
-    def _lend_gradients(self, keep: Sequence[bool]) -> None:
-        """Put the converted gradients where the optimizer reads; None where not to be kept."""
-        self._own_grads, self._kept = self._found_grads, keep
-        if self._masters:
-            self._masters.enter(list(self._points.whole.clone()))
-        if not self._dense:
-            torch._foreach_copy_(self._parts, self._work.own)
-        for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
-            p.grad = grad if kept else None
-        self._lent_versions = self._versions()
-
-    def return_gradients(self) -> None:
-        """Give every parameter its own gradient, and its own precision, back."""
-        if not self._own_grads:
-            return
-        self._stepped = self._masters.leave() if self._masters else self.params
-        for p, grad in zip(self.params, self._own_grads, strict=True):
-            p.grad = grad
-        self._own_grads, self._found_grads = [], []
-
-    def load_moved(self) -> None:
-        """Where the inner optimizer left the points, into the work space."""
-        if self.joined:  # it has left them where they were gathered, and the parameters untouched
-            self._work, self._points = self._spaces
-            self._untouched = False
-            self._gather(self.params, self._points.whole)
-        else:
-            self._gather(self._stepped, self._work.whole)
-
-    def reset_moved(self, index: Sequence[int]) -> None:
-        """Pretend that the inner optimizer left these parameters where they were."""
-        for i in index:
-            self._work.whole[i] = self._points.whole[i]
-
-    def store(self, y: OpenSum) -> None:
-        """Write new points (b, n, p) to the parameters."""
-        z, dz = y
-        if dz is not None:
-            torch.add(z, dz, out=self.work)
-        elif z is not self.work:
-            self.work.copy_(z)
-        torch._foreach_copy_(self._here(self.params), self._work.own)
-        if self._masters:
-            self._masters.keep(self._work.own, self._kept)
-
-    def moments(self, name: str) -> Moments | None:
-        """The optimizer's tensors of this name; None unless every parameter has one of its own shape."""
-        found = [self._optimizer.state.get(p, {}).get(name) for p in self.params]
-        block = None
-        if self._shards is None:
-            block = self._blocks.setdefault(name, Block()).of(found, self._workspace)
-        if block is not None and block.shape[1:] == self._kind[1]:
-            return Moments(self._tall(block), [])
-        fits = all(isinstance(t, Tensor) and t.shape == self._kind[1] for t in found)
-        return Moments(self.gather_tall(found), found) if fits else None
-
-    def release_moments(self) -> None:
-        """Let every moment have its own memory, before other stacks are made."""
-        for block in self._blocks.values():
-            block.dissolve()
-
-    def rate(self) -> float:
-        """The learning rate of the group, as it is now."""
-        return float(self._optimizer.param_groups[self.slots[0].group]["lr"])
-
-    def gather_tall(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Parameter-shaped tensors as a new stack (b, n, p)."""
-        space = self._workspace()
-        self._gather(tensors, space)
-        return self._tall(space)
-
-    def own_tall(self, tall: Tensor) -> Tensor:
-        """What this rank stores of a stack (b, n, p)."""
-        return tall if self._shards is None else self._shards.own(tall)
-
-    def scatter_tall(self, tall: Tensor, tensors: Sequence[Tensor]) -> None:
-        """A stack (b, n, p) back to parameter-shaped tensors."""
-        flat = tall.mT if self._placement.is_rows(self._shape) else tall
-        pieces = self._own(flat.reshape(len(self.params), *self._shape))
-        torch._foreach_copy_(self._here(tensors), list(pieces))
-
-    def restore(self) -> None:
-        """Put the parameters back to where they were when they were loaded."""
-        if not self._untouched:
-            torch._foreach_copy_(self._here(self.params), self._points.own)
-
-    def recover(self) -> None:
-        """`return_gradients` and `restore` some time after the step has failed: what was set since then stays.
-
-        That is a gradient that is not the one lent, or was written to, and a parameter that is a point again.
-        """
-        found, written = [p.grad for p in self.params], self._versions() != self._lent_versions
-        self.return_gradients()
-        for p, grad, lent, kept in zip(self.params, found, self._grads, self._kept, strict=True):
-            if grad is not (lent if kept else None) or (kept and written):
-                p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
-        for p, stepped, x in zip(self.params, self._stepped, self._points.own, strict=True):
-            if not self._is_set(stepped):
-                local(p).copy_(x)
-            elif stepped is not p:
-                p.copy_(stepped)
-
-    def _is_set(self, stepped: Tensor) -> bool:
-        """Whether these values were set, and are not half a step: a point; for a master, half-precision numbers."""
-        dtype, shape = self._kind
-        if stepped.shape != shape:
-            return True
-        if self._masters:
-            return torch.equal(stepped.to(dtype).to(stepped.dtype), stepped)
-        if not self._placement.manifold.recognized:
-            return False
-        return residual_of(self.slots[0].label, [stepped], self._placement) <= self.drift
-
-    def _versions(self) -> int:
-        """Changes whenever a lent gradient is written to; views of one workspace count together."""
-        return self._parts[0]._version if self._dense else sum(t._version for t in self._parts)
 
 
 class Bucket:
@@ -452,11 +168,6 @@ class Bucket:
                     m.tall.copy_(v)
                 if m.tensors:
                     self.stacks[i].scatter_tall(m.tall, m.tensors)
-
-
-def is_flipped(p: Tensor) -> bool:
-    """Whether a matrix lies column by column."""
-    return p.ndim == 2 and not p.is_contiguous() and p.mT.is_contiguous()
 
 
 def make_buckets(points: Sequence[Point], optimizer: Optimizer, *, join: bool = False) -> list[Bucket]:

@@ -7,7 +7,7 @@ parameter keeps its own state: its tensors are pieces of the stack's, its step c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -27,12 +27,15 @@ ELEMENTWISE = frozenset(
 )
 
 
+# Bytes of points that are stepped at a time: with gradient and moments they fit the cache.
+PIECE_BYTES = 2**18
+
+
 def steps_elementwise(optimizer: Optimizer) -> bool:
     """Whether it is one of torch's elementwise optimizers, and nothing around its step might look at parameters."""
     step = vars(optimizer).get("step")
-    patched = step is not None and not getattr(
-        step, "_wrapped_by_lr_sched", False
-    )  # a scheduler counts, no more
+    # A scheduler patches the step to count it, no more.
+    patched = step is not None and not getattr(step, "_wrapped_by_lr_sched", False)
     hooks = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
@@ -43,13 +46,8 @@ def steps_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in ELEMENTWISE and not (patched or compiling or any(hooks))
 
 
-def _alone(piece: Tensor) -> Tensor:
-    """With memory of its own, so that whoever needs several side by side may move it."""
-    return piece.clone(memory_format=torch.preserve_format)
-
-
 class Joint:
-    """Parameters of one group as one.
+    """Parameters of one group as one, or as a few pieces that fit the cache.
 
     Args:
         optimizer: whose state is theirs.
@@ -59,44 +57,56 @@ class Joint:
     """
 
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], whole: Tensor, grad: Tensor) -> None:
-        self.params, self.whole = params, whole.detach()
-        self._optimizer, self._grad = optimizer, grad
+        self.params = params
+        self._optimizer, self._whole = optimizer, whole.detach()
+        most = max(1, PIECE_BYTES // (params[0].numel() * whole.element_size()))
+        self._pieces = [slice(i, min(i + most, len(params))) for i in range(0, len(params), most)]
+        self.wholes = [self._whole[piece] for piece in self._pieces]
+        self._grads = [grad[piece] for piece in self._pieces]
         self._blocks: dict[str, Block] = {}
-        self._lent: dict[str, Any] = {}
+        self._shared: dict[str, Any] = {}  # the common state
+        self._lent: list[dict[str, Any]] = []  # and each piece's part of it
 
     def enter(self) -> bool:
-        """Lend the whole its gradient and the state of the parameters; False where they have none in common."""
-        lent = self._common([self._optimizer.state.get(p) or {} for p in self.params])
-        if lent is None:
+        """Lend the pieces their gradients and the state of the parameters; False where that has no common form."""
+        common = self._common([self._optimizer.state.get(p) or {} for p in self.params])
+        if common is None:
             return False
-        self._lent = dict(lent)
-        self._optimizer.state[self.whole] = lent
-        self.whole.grad = self._grad
+        self._shared = common
+        for piece, whole, grad in zip(self._pieces, self.wholes, self._grads, strict=True):
+            lent = {name: _part(value, piece) for name, value in common.items()}
+            self._lent.append(lent)
+            self._optimizer.state[whole] = dict(lent)
+            whole.grad = grad
         return True
 
     def leave(self) -> None:
-        """Give every parameter its piece of what the state has become."""
-        self.whole.grad = None
-        for name, value in self._optimizer.state.pop(self.whole, {}).items():
-            known = name in self._lent and value is self._lent[name]
-            if isinstance(value, Tensor) and value.ndim == 0:
-                if known:
-                    self._whole_of(name).fill_(value)
-                else:
-                    self._share(name, [value.clone() for _ in self.params])
-            elif not known:
-                apart = isinstance(value, Tensor) and value.shape == self.whole.shape
-                self._share(name, map(_alone, value) if apart else repeat(value))
-        self._lent = {}
+        """Give every parameter its part of what the state has become."""
+        for piece, whole, lent in zip(self._pieces, self.wholes, self._lent, strict=True):
+            whole.grad = None
+            for name, value in self._optimizer.state.pop(whole, {}).items():
+                self._return(name, value, piece, known=name in lent and value is lent[name])
+        self._lent, self._shared = [], {}
 
     def dissolve(self) -> None:
         """Give every state its own memory again, before others are made of these parameters."""
         for block in self._blocks.values():
             block.dissolve()
 
-    def _share(self, name: str, values: Any) -> None:
-        for p, value in zip(self.params, values, strict=False):
-            self._optimizer.state[p][name] = value
+    def _return(self, name: str, value: Any, piece: slice, *, known: bool) -> None:
+        if not isinstance(value, Tensor):
+            parts: Iterable[Any] = repeat(value)
+        elif value.ndim == 0:
+            if known:  # the first parameter's own number has been stepped, in place
+                self._shared[name][piece].fill_(value)
+                return
+            parts = (value.clone() for _ in self.params[piece])
+        elif known:
+            return
+        else:  # memory of their own: whoever needs several side by side moves them
+            parts = (part.clone(memory_format=torch.preserve_format) for part in value)
+        for p, part in zip(self.params[piece], parts, strict=False):
+            self._optimizer.state[p][name] = part
 
     def _common(self, states: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         """The one state that stands for all of these, whose tensors are theirs; None where there is none."""
@@ -115,18 +125,20 @@ class Joint:
         return found if all(len(state) == len(found) for state in states) else None
 
     def _joined(self, name: str, values: list[Any]) -> Tensor | None:
-        """The whole of these tensors: a stack, or the one number that they all hold."""
+        """The whole of these tensors, (k, *shape); or of numbers that are all the same, (k,)."""
         block = self._blocks.setdefault(name, Block())
         if values[0].ndim == 0:
             numbers = block.of(values, lambda: values[0].new_empty(len(values)))
-            return numbers[0] if numbers is not None and bool((numbers == numbers[0]).all()) else None
-        whole = block.of(values, lambda: torch.empty_like(self.whole))
-        return whole if whole is not None and whole.shape == self.whole.shape else None
+            return numbers if numbers is not None and bool((numbers == numbers[0]).all()) else None
+        whole = block.of(values, lambda: torch.empty_like(self._whole))
+        return whole if whole is not None and whole.shape == self._whole.shape else None
 
-    def _whole_of(self, name: str) -> Tensor:
-        whole = self._blocks[name].whole
-        assert whole is not None
-        return whole
+
+def _part(value: Any, piece: slice) -> Any:
+    """What a piece sees of a common state: its rows, its first number, or what is no tensor."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[piece.start] if value.ndim == 1 else value[piece]
 
 
 class JointStep:
@@ -137,11 +149,10 @@ class JointStep:
         self._joints = list(joints)
         self._entered: list[Joint] = []
         self._own: list[tuple[dict[str, Any], list[Tensor]]] = []
-        stand_in: dict[int, Tensor | None] = {id(p): None for joint in joints for p in joint.params}
-        stand_in.update({id(joint.params[0]): joint.whole for joint in joints})
+        stand_in: dict[int, list[Tensor]] = {id(p): [] for joint in joints for p in joint.params}
+        stand_in.update({id(joint.params[0]): joint.wholes for joint in joints})
         self._lists = [
-            [q for p in group["params"] if (q := stand_in.get(id(p), p)) is not None]
-            for group in optimizer.param_groups
+            [q for p in group["params"] for q in stand_in.get(id(p), [p])] for group in optimizer.param_groups
         ]
 
     def enter(self) -> bool:

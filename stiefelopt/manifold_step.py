@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .buckets import Bucket, Slot, Stack, make_buckets
+from .buckets import Bucket, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .joint import ELEMENTWISE, JointStep
 from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
 from .shapes import without_autocast
 from .snapshot import Snapshot
+from .stacks import Slot, Stack
 
 # torch's own optimizers whose weight_decay is added to the gradient (L2), unless a flag decouples it.
 _COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")

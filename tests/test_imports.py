@@ -28,7 +28,7 @@ FLOORS = (
         "transports",
     ),
     ("manifolds",),
-    ("placement", "joint", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
+    ("placement", "joint", "stacks", "buckets", "precision", "snapshot", "manifold_step", "hooks"),
     ("lora_pairs", "groups", "wrapper", "optim", "layers"),
     ("laws", "rank_laws", "pair_laws", "testing", "integrations"),
 )

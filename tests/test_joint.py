@@ -239,6 +239,29 @@ def test_the_inner_optimizer_makes_as_few_calls_as_there_are_shapes(monkeypatch:
     assert seen == [1, 1]
 
 
+def test_pieces_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several to a stack, their state one block all the same, so that carrying it gathers nothing."""
+    runs = []
+    for size in (2**18, 200):
+        monkeypatch.setattr(joint, "PIECE_BYTES", size)
+        params = points()
+        optimizer = wrapped(params, torch.optim.AdamW, {"amsgrad": True})
+        train(params, optimizer, range(2))
+        # As from a file that holds every tensor by itself: they move once, all of a stack together.
+        for state in optimizer.state.values():
+            state.update(
+                {name: value.clone(memory_format=torch.preserve_format) for name, value in state.items()}
+            )
+        train(params, optimizer, range(2, 5))
+        ranked = params[4::3][:2]
+        runs.append((params, optimizer.state_dict()))
+        assert is_joined(optimizer)
+        assert len({optimizer.state[p]["exp_avg"].untyped_storage().data_ptr() for p in ranked}) == 1
+    pieces = [len(j.wholes) for stack in optimizer._core._stacks() for j in stack.joints]
+    assert max(pieces) > 1
+    assert same(*runs)
+
+
 def test_state_that_somebody_else_holds_a_view_of_stays_where_it_is() -> None:
     flat = torch.randn(3, 4, 5)
     shared = [flat[2], flat[0]]
