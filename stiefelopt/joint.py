@@ -46,6 +46,11 @@ def steps_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in ELEMENTWISE and not (patched or compiling or any(hooks))
 
 
+def saves_calls(params: Sequence[Tensor]) -> bool:
+    """Whether several of these fit into a piece; where none do, gathering the points anew would cost for nothing."""
+    return len(params) > 1 and 2 * params[0].numel() * params[0].element_size() <= PIECE_BYTES
+
+
 class Joint:
     """Parameters of one group as one, or as a few pieces that fit the cache.
 

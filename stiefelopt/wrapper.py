@@ -62,6 +62,10 @@ class RiemannianWrapper(Optimizer):
         moments: names under which the inner optimizer keeps averages of gradients; manifolds with a ``transport``
             carry them to the new point.
 
+    On a CPU torch's own elementwise optimizers (SGD, AdamW, ...) step all parameters of a group that have one shape as
+    one tensor: the same numbers in fewer calls, the state each parameter's own. Hooks on the inner optimizer's step, a
+    subclass of it, or ``nonfinite="skip"``, keep them apart.
+
     A group may carry ``manifold`` (a manifold or its spec), ``orientation`` ("columns" | "rows"; default: tall ->
     columns, wide -> rows, square -> columns), ``view`` ("matrix" | "batch", needed above two dimensions),
     ``displacement_scale`` (a number, or "stella" with ``reference_dim``).
