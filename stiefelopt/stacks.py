@@ -171,7 +171,9 @@ class Stack:
     def lend(self, keep: Sequence[bool], *, joined: bool) -> None:
         """Show the optimizer the converted gradients and the points: joined, where it may step all as one."""
         self.joined = self._untouched = joined and bool(self.joints)
-        if not self.joined:
+        if self.joined:
+            self._found_grads = []
+        else:
             self._lend_gradients(keep)
 
     def _lend_gradients(self, keep: Sequence[bool]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -239,6 +240,16 @@ def test_the_inner_optimizer_makes_as_few_calls_as_there_are_shapes(monkeypatch:
     optimizer = RiemannianWrapper(torch.optim.AdamW([{"params": params, "manifold": Stiefel()}]))
     train(params, optimizer, range(2))
     assert seen == [1, 1]
+
+
+def test_gradients_do_not_outlive_the_step() -> None:
+    params = points()
+    optimizer = wrapped(params, torch.optim.AdamW, {})
+    train(params, optimizer, range(2))
+    grads = [weakref.ref(p.grad) for p in params if p.grad is not None]
+    optimizer.zero_grad()
+    assert len(grads) == len(params)
+    assert not any(grad() is not None for grad in grads)
 
 
 def test_pieces_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
