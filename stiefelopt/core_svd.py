@@ -39,7 +39,7 @@ class Coefficients(NamedTuple):
     bv: Tensor
 
 
-def truncated(c: Tensor, hu: Tensor, hv: Tensor, eps: float = 0.0) -> Coefficients:
+def truncated(c: Tensor, hu: Tensor, hv: Tensor, *, eps: float = 0.0) -> Coefficients:
     """The r dominant singular triples of the cores, U+ and V+ orthonormal, up to a gauge.
 
     Args:

@@ -88,7 +88,7 @@ def svd(c: Tensor, hu: Tensor, hv: Tensor, eps: float = 0.0) -> Coefficients:
 
     No QR of anything tall and, where the step is shorter than the singular values of W, no LAPACK; see `core_svd`.
     """
-    return core_svd.truncated(c, hu, hv, eps)
+    return core_svd.truncated(c, hu, hv, eps=eps)
 
 
 @register("orthographic", order=2)
