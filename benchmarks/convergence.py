@@ -134,6 +134,7 @@ class Race:
         return {
             "steps": self.task.steps,
             "rates": self.task.rates,
+            "baseline": self.methods[0],
             "sweep": [
                 {"method": r.method, "rate": r.learning_rate, "validation_loss": _finite(r.validation_loss)}
                 for r in self.sweep

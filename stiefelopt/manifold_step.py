@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .buckets import Bucket, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
-from .joint import ELEMENTWISE, JointStep
+from .joint import JointStep
 from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
 from .shapes import without_autocast
@@ -92,7 +92,7 @@ class ManifoldStep:
         self._warned = False
         self._begun = False
         # A skipped point needs what the inner optimizer made of the others a second time.
-        self._join = join and nonfinite != "skip" and type(optimizer) in ELEMENTWISE
+        self._join = join and nonfinite != "skip"
         self._joint_step = JointStep(optimizer, [])
         self._buckets: list[Bucket] = []
         self._unpaired: list[Tensor] = []

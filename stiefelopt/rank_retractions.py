@@ -194,31 +194,30 @@ class _Sides:
         if overlap is None:
             self._multiply(xs, ds)
         else:
-            self._c, self._q = (t.double() for t in grams((xs, xs), (ds, ds), reduce=reduce))
-            self._w = torch.cat(overlap).double()
+            c, q = grams((xs, xs), (ds, ds), reduce=reduce)
+            self._keep(c, torch.cat(overlap), q)
         if host_can_look(self._w) and not bool(torch.isfinite(self._q).all()):
             raise StepError(NOT_FINITE)
 
     def _multiply(self, xs: Tall, ds: Tall) -> None:
-        products = grams((xs, xs), (xs, ds), (ds, ds), reduce=self._reduce)
-        self._c, self._w, self._q = (t.double() for t in products)
+        self._keep(*grams((xs, xs), (xs, ds), (ds, ds), reduce=self._reduce))
+
+    def _keep(self, c: Tensor, w: Tensor, q: Tensor) -> None:
+        """c = x^T x, w = x^T d, q = d^T d, and h, the Gram of the projected displacement."""
+        self._c, self._w, self._q = c.double(), w.double(), q.double()
+        self.h = self._q - self._w.mT @ self._w
 
     def square_in_float64(self) -> None:
         """The products again, without the rounding that a nearly dependent displacement or a small S blows up."""
         self._multiply([x.double() for x in self.xs], [d.double() for d in self.ds])
-
-    @property
-    def h(self) -> Tensor:
-        """Gram of the projected displacement."""
-        return self._q - self._w.mT @ self._w
 
     def noise(self, found: Coefficients) -> float | None:
         """What rounding of the products may do to the Gram of the new factors; None on an accelerator."""
         if not host_can_look(self._q):
             return None
         b = torch.cat((found.bu, found.bv))
-        found_noise = self.eps * torch.linalg.matrix_norm(self._q) * b.square().sum((-2, -1))
-        return found_noise.amax().item() if len(b) else 0.0
+        errors = self.eps * torch.linalg.matrix_norm(self._q) * b.square().sum((-2, -1))
+        return errors.amax().item() if len(b) else 0.0
 
     def move(
         self, found: Coefficients, *, sure: bool, out: Tall | None
