@@ -24,7 +24,7 @@ def identity_like(small: Tensor) -> Tensor:
 
 def sym(a: Tensor) -> Tensor:
     """Symmetric part (a + a^T) / 2."""
-    return (a + a.mT) * 0.5
+    return (a + a.mT).mul_(0.5)  # in place: fresh memory costs more than the pass
 
 
 def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None) -> Tensor:

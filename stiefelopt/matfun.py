@@ -1,8 +1,9 @@
 """Functions of p x p matrices, batched: inverse square root, Cholesky inverse, balanced exponential.
 
-No LAPACK eigensolver on the default step: Newton-Schulz iterations are matrix products, run at GEMM speed on every
-device, and stay differentiable at repeated eigenvalues, where the derivative of an eigendecomposition is not. Only
-what may be singular goes by its eigenvalues: roots of the Grams of tangent vectors (fixed rank, spectral directions).
+No LAPACK eigensolver on the default step: polynomials and Newton-Schulz iterations are matrix products, run at GEMM
+speed on every device, and the latter stay differentiable at repeated eigenvalues, where the derivative of an
+eigendecomposition is not. Only what may be singular goes by its eigenvalues: roots of the Grams of tangent vectors
+(fixed rank, spectral directions).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .gram import identity_like
+from .inverse_roots import inverse_sqrt, iterations_needed, newton_schulz, root_of_norm
 
 # Iterations of the scaled coupled iteration that turn any condition number up to about 1e4 into full float32
 # accuracy; used where the host must not look at the data.
@@ -55,27 +57,14 @@ def spectral_bound(a: Tensor) -> Tensor:
 
     Cost: one product of p x p.
     """
-    square = a @ a
-    return torch.minimum(square.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(square)).sqrt()
-
-
-def iterations_needed(e: float, dtype: torch.dtype) -> int:
-    """Newton-Schulz iterations that bring a residual e < 1 below a quarter of the unit roundoff.
-
-    One iteration maps an eigenvalue r of I - z y to 3/4 r^2 + 1/4 r^3, which grows with r.
-    """
-    goal, k = 0.25 * torch.finfo(dtype).eps, 0
-    while e > goal and k < 60:
-        e, k = 0.75 * e * e + 0.25 * e * e * e, k + 1
-    return k
+    return root_of_norm(a @ a)
 
 
 def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
     r"""g^(-1/2) - I of symmetric positive definite matrices, by matrix products alone.
 
-    Near I the binomial series in e = g - I, cut where the next term is below rounding; elsewhere, and wherever the
-    host must not look, the coupled Newton-Schulz iteration, y_0 = g / s, z_0 = I,
-    t_k = (3 I - z_k y_k) / 2, y_{k+1} = y_k t_k, z_{k+1} = t_k z_k, z_k -> (g / s)^(-1/2).
+    A polynomial where the host may look at the spectrum; else, and where derivatives are asked for, the coupled
+    Newton-Schulz iteration of g / s, s above the largest eigenvalue.
 
     Args:
         g: (*b, p, p), symmetric positive definite, with ||g - I||_F < 1 or no eigenvalue below 1, as the Gram of
@@ -86,66 +75,32 @@ def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
     Returns:
         (*b, p, p). The increment is kept apart from I so that a g near I loses nothing to rounding.
 
-    Cost: none, one or two products of p x p near I, 3 (steps - 1) beyond; one or two looks at the data on the
-        CPU, none elsewhere.
+    Cost: see `inverse_roots.inverse_sqrt`; 3 (steps - 1) products of p x p by iterations.
     Accuracy: a few eps times the condition number of g.
     Reference: Higham, Functions of Matrices (2008), section 6.3 and eq. 6.35.
     """
-    # Differentiated, the value must have converged in its derivatives too, which a cut series has not.
+    # Differentiated, the value must have converged in its derivatives too, which a polynomial's has not.
     if steps is None and host_can_look(g) and g.numel() and not g.requires_grad:
-        series = _inverse_sqrt_series(g - identity_like(g))
-        if series is not None:
-            return series
-    return _newton_schulz(g, steps)
+        e = g.clone()
+        e.diagonal(dim1=-2, dim2=-1).sub_(1)
+        return inverse_sqrt(e)
+    return _scaled_newton_schulz(g, steps)
 
 
-def _inverse_sqrt_series(e: Tensor) -> Tensor | None:
-    """(I + e)^(-1/2) - I = -1/2 e + 3/8 e^2 - 5/16 e^3 + 35/128 e^4 - ..., or None where e is too large for it."""
-    goal = 0.25 * torch.finfo(e.dtype).eps
-    size = torch.linalg.matrix_norm(e).amax().item()
-    if not size < 1:
-        return None
-    if 3 / 8 * size**2 <= goal:
-        return -0.5 * e
-    square = e @ e
-    # e is symmetric, so ||e||_2^2 = ||e^2||_2: a bound nearer to the spectral norm.
-    size = min(size, math.sqrt(torch.linalg.matrix_norm(square).amax().item()))
-    if 5 / 16 * size**3 <= goal:
-        return square.mul_(3 / 8).add_(e, alpha=-0.5)
-    if 63 / 256 * size**5 <= goal:
-        tail = torch.add(e.mul(-5 / 16), square, alpha=35 / 128)
-        tail.diagonal(dim1=-2, dim2=-1).add_(3 / 8)
-        return (square @ tail).add_(e, alpha=-0.5)
-    return None
-
-
-def _newton_schulz(g: Tensor, steps: int | None) -> Tensor:
+def _scaled_newton_schulz(g: Tensor, steps: int | None) -> Tensor:
     eye = identity_like(g)
-    scale, steps = _scale_and_steps(g, eye, steps)
-    if scale is not None:
-        g = g / scale
-    t = -0.5 * (g - eye)
-    z = t  # z - I
-    y = g
-    for _ in range(steps - 1):
-        y = y + y @ t
-        t = -0.5 * (y - eye + z @ y)
-        z = z + t + t @ z
+    scale, steps = _scale_and_steps(g, steps)
     if scale is None:
-        return z
+        return newton_schulz(g - eye, steps)
     root = scale.rsqrt()
-    return z * root + eye * (root - 1)
+    return newton_schulz(g / scale - eye, steps) * root + eye * (root - 1)
 
 
-def _scale_and_steps(g: Tensor, eye: Tensor, steps: int | None) -> tuple[Tensor | None, int]:
+def _scale_and_steps(g: Tensor, steps: int | None) -> tuple[Tensor | None, int]:
     """What g is divided by (None: nothing) for Newton-Schulz to converge, and in how many iterations it does."""
     e = distance_from_identity(g)
     if e is not None and e < 0.5:
         return None, _iterations(e, g) if steps is None else steps
-    if e is not None and e < float("inf") and steps is None and not g.requires_grad:
-        found = _centered(g - eye)
-        if found is not None:
-            return found[0], _iterations(found[1], g)
     # Any upper bound of the largest eigenvalue will do; row sums and Frobenius are the two cheap ones.
     scale = torch.minimum(g.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(g)).detach()[..., None, None]
     scale = scale.clamp_min(torch.finfo(g.dtype).tiny)
@@ -161,21 +116,6 @@ def _scale_and_steps(g: Tensor, eye: Tensor, steps: int | None) -> tuple[Tensor 
 
 def _iterations(e: float, g: Tensor) -> int:
     return max(1, iterations_needed(e, g.dtype)) + int(g.requires_grad)
-
-
-def _centered(off: Tensor) -> tuple[Tensor, float] | None:
-    """The scale that puts the eigenvalues of I + off around 1, and the distance that is left; None if they overflow.
-
-    With b^2 a bound of off^2 they lie between 1 and 1 + b if b >= 1 (see the caller), else within b of 1. The product
-    off^2 bounds the spectrum of a large matrix much more tightly than its entries do, and saves three for every
-    iteration that is not needed.
-    """
-    bound = spectral_bound(off)
-    if not bool(torch.isfinite(bound).all()):
-        return None
-    scale = torch.where(bound < 1, torch.ones_like(bound), 1 + bound / 2)
-    left = torch.where(bound < 1, bound, bound / (2 + bound))
-    return scale[..., None, None], left.amax().item()
 
 
 def cholesky_inverse_increment(g: Tensor) -> Tensor:

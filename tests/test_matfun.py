@@ -11,13 +11,13 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from stiefelopt import matfun
 from stiefelopt.gram import fold, gram, identity_like, predicted_gram, sym
+from stiefelopt.inverse_roots import iterations_needed
 from stiefelopt.matfun import (
     accretive_inverse,
     cholesky_inverse_increment,
     distance_from_identity,
     expm,
     inverse_sqrt_increment,
-    iterations_needed,
     norm,
 )
 

@@ -1,0 +1,73 @@
+"""Products in bfloat16, float32 in and out, for matrices so small beside the result that nobody sees the difference.
+
+Machines with matrix instructions for bfloat16 multiply three to five times as fast in it. What is rounded is a
+correction of second order: its relative error of 2^-8 stays below float32's rounding of what it corrects.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-8  # unit roundoff of bfloat16
+# Measured on whole steps: 1500 columns gain 9 %, 512 gain 3 %, 256 nothing.
+NARROWEST = 512
+PROBES = 8
+
+
+@cache
+def _has_instructions() -> bool:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16")) and torch.backends.mkldnn.is_available()
+
+
+def pays(a: Tensor) -> bool:
+    """Whether bfloat16 is faster for products of square matrices like a."""
+    return (
+        a.device.type == "cpu"
+        and a.dtype == torch.float32
+        and a.shape[-1] >= NARROWEST
+        and _has_instructions()
+    )
+
+
+def product(a: Tensor, b: Tensor, allowed: float) -> Tensor:
+    """a b with a Frobenius error of at most `allowed` beside float32's own: in bfloat16 where that is sure.
+
+    Cost: one product of p x p, and two norms.
+    """
+    if pays(a):
+        # Both factors and the result are rounded.
+        size = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b)
+        if bool(3.02 * UNIT * size.amax() <= allowed):
+            return (a.bfloat16() @ b.bfloat16()).float()
+    return a @ b
+
+
+def square(a: Tensor, size: float, allowed: float) -> Tensor:
+    """a^2 with a Frobenius error of at most `allowed`, as seen on random vectors: no bound by norms is sharp enough.
+
+    Args:
+        a: (*b, p, p), symmetric.
+        size: max ||a||_F.
+
+    Cost: one product of p x p; where bfloat16 was tried in vain, a second one for a third of the price.
+    """
+    # Rounding errors are about half a unit, and ||a^2||_F is about 2 ||a||_F^2 / p^(1/2), at least half of that.
+    if pays(a) and UNIT * size * size <= allowed * a.shape[-1] ** 0.5:
+        half = a.bfloat16()
+        rough = (half @ half).float()
+        probes = _probes(a)
+        seen = torch.linalg.matrix_norm(rough @ probes - a @ (a @ probes)) / PROBES**0.5
+        if bool(seen.amax() <= allowed):
+            return rough
+    return a @ a
+
+
+def _probes(a: Tensor) -> Tensor:
+    """Random signs (p, 8), the same every time: the mean of ||E v||^2 over such v is ||E||_F^2."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, (a.shape[-1], PROBES), generator=generator).to(a.dtype) * 2 - 1

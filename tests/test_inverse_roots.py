@@ -1,0 +1,195 @@
+"""Inverse square roots by bounded spectra: the polynomials against numpy, the matrices against LAPACK in float64."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stiefelopt import coarse, inverse_roots
+from stiefelopt.inverse_roots import coefficients, inverse_sqrt
+from stiefelopt.retractions import polar
+
+EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
+
+
+def symmetric(values: Tensor, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random eigenvectors, these eigenvalues, float64."""
+    p = values.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(batch, p, p, dtype=torch.float64, generator=generator))[0]
+    e = (q * values.double()) @ q.mT
+    return (e + e.mT) / 2
+
+
+def exact(e: Tensor) -> Tensor:
+    values, q = np.linalg.eigh(e.double().numpy())
+    return torch.from_numpy((q * np.expm1(-0.5 * np.log1p(values))[..., None, :]) @ q.swapaxes(-1, -2))
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "bmm", "baddbmm"):
+            self.found["products"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("bound", [1e-9, 1e-5, 1e-3, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+def test_polynomials_are_right_on_their_interval(bound: float, dtype: torch.dtype) -> None:
+    a = coefficients(bound, EPS[dtype])
+    if a is None:
+        assert dtype == torch.float64
+        assert bound >= 0.5
+        return
+    t = np.linspace(-bound, bound, 1001, dtype=np.longdouble)
+    value = sum(np.longdouble(c) * t**k for k, c in enumerate(a, start=1))
+    # Float64's own coefficients are rounded.
+    assert (
+        np.abs(value - np.expm1(-0.5 * np.log1p(t))).max()
+        <= (0.5 if dtype == torch.float32 else 4) * EPS[dtype]
+    )
+    assert sum(abs(c) * bound**k for k, c in enumerate(a, start=1)) <= inverse_roots.STABLE
+
+
+def test_degrees_grow_with_the_bound_and_end() -> None:
+    bounds = (0.0, 1e-4, 1e-3, 0.01, 0.1, 0.3, 0.6)
+    degrees = [len(coefficients(b, EPS[torch.float32]) or ()) for b in bounds]
+    assert degrees == sorted(degrees)
+    assert degrees[0] == 1
+    assert all(
+        coefficients(b, EPS[torch.float32]) is None for b in (0.95, 1.0, 3.0, float("inf"), float("nan"))
+    )
+
+
+SPECTRA = {
+    "zero": torch.zeros(9),
+    "equal": torch.full((9,), 0.7),
+    "one long": torch.tensor([0.0] * 8 + [2.0]),
+    "one short": torch.tensor([0.0] * 8 + [-0.9]),
+    "both signs": torch.linspace(-0.3, 0.3, 9),
+    "tiny": torch.linspace(0, 1e-8, 9),
+    "small": torch.linspace(0, 1e-3, 9),
+    "near": torch.linspace(0, 0.03, 9),
+    "middle": torch.linspace(0, 0.5, 9),
+    "long": torch.linspace(0, 3, 9),
+    "very long": torch.logspace(-3, 3, 9),
+}
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_against_eigenvalues(name: str, dtype: torch.dtype) -> None:
+    e = symmetric(SPECTRA[name]).to(dtype)
+    condition = (1 + SPECTRA[name]).max() / (1 + SPECTRA[name]).min()
+    found, expected = inverse_sqrt(e.clone()).double(), exact(e)
+    assert (found - expected).abs().max() <= 8 * EPS[dtype] * condition**1.5
+    single = inverse_sqrt(e[0].clone())
+    torch.testing.assert_close(
+        single.double(), expected[0], atol=float(8 * EPS[dtype] * condition**1.5), rtol=0
+    )
+
+
+def test_unequal_spectra_in_one_batch() -> None:
+    e = torch.cat([symmetric(values, batch=1) for values in SPECTRA.values()])
+    assert (inverse_sqrt(e.clone()) - exact(e)).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("values", [[-0.99, 3.0], [-0.8, 1.5], [-0.6, 5.0, 0.0]])
+def test_a_spectrum_that_was_not_promised_is_not_overshot(values: list[float]) -> None:
+    """Of x + d with d not tangent: what comes out must be nearer to I and positive, for the next pass to take over."""
+    lengths = 1 + torch.tensor(values)
+    t = torch.diagonal(inverse_sqrt(torch.diag(lengths - 1)[None])[0]) + 1
+    after = lengths.sqrt() * t
+    assert (after > 0).all()
+    assert (after <= 1 + 1e-5).all()
+    assert (after >= lengths.sqrt().clamp_max(1) - 1e-5).all()
+
+
+@pytest.mark.parametrize(("bound", "limit"), [(1e-5, 0), (4e-3, 1), (0.04, 2), (0.3, 4), (0.6, 7)])
+def test_the_price_in_products(bound: float, limit: int) -> None:
+    """Newton-Schulz takes 6 products for 0.04, 9 for 0.3 and 12 for 0.6."""
+    e = symmetric(torch.tensor([-bound, bound]), batch=1).float()
+    with Products() as counted:
+        inverse_sqrt(e)
+    assert counted.found["products"] <= limit
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    for bad in (torch.nan, torch.inf, 1e30):
+        e = torch.zeros(2, 3, 3)
+        e[1, 0, 0] = bad
+        assert not torch.isfinite(inverse_sqrt(e)).all()
+
+
+# Products in bfloat16
+
+
+@pytest.fixture
+def instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine can do."""
+    monkeypatch.setattr(coarse, "_has_instructions", lambda: True)
+
+
+def gram_like(size: float, p: int = 512) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, p, p, generator=generator)
+    e = a + a.mT
+    return e * (size / torch.linalg.matrix_norm(e).amax())
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("kind", ["random", "equal entries", "one direction"])
+def test_coarse_products_keep_to_what_is_allowed(kind: str) -> None:
+    e = gram_like(0.05)
+    if kind == "equal entries":
+        e = torch.full((1, 512, 512), 0.05 / 512)
+    if kind == "one direction":
+        v = torch.linspace(1, 2, 512)[:, None]
+        e = (0.05 * v @ v.mT / v.square().sum())[None]
+    size = torch.linalg.matrix_norm(e).amax().item()
+    expected = e.double() @ e.double()
+    coarsely = torch.linalg.matrix_norm((e.bfloat16() @ e.bfloat16()).double() - expected).amax().item()
+    for allowed in (10 * coarsely, coarsely / 10):
+        for found in (coarse.square(e, size, allowed), coarse.product(e, e, allowed)):
+            off = torch.linalg.matrix_norm(found.double() - expected).amax().item()
+            assert off <= 1.5 * allowed + 1e-6 * size * size
+    fine = torch.linalg.matrix_norm(coarse.square(e, size, 0.0).double() - expected).amax().item()
+    assert fine <= 1e-2 * coarsely
+
+
+@pytest.mark.usefixtures("instructions")
+def test_coarse_products_are_used_and_only_where_they_pay() -> None:
+    e = gram_like(0.02)
+    assert coarse.pays(e)
+    assert not torch.equal(coarse.square(e, 0.02, 1e-6), e @ e)
+    assert not torch.equal(coarse.product(e, e, 1e-3), e @ e)
+    for other in (e.double(), e[:, :16, :16].contiguous()):
+        assert not coarse.pays(other)
+        assert torch.equal(coarse.product(other, other, 1.0), other @ other)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("length", [0.02, 0.1, 0.5])
+def test_a_polar_step_is_as_exact_with_them(length: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linalg.qr(torch.randn(640, 512, generator=generator))[0]
+    d = torch.randn(640, 512, generator=generator).sign()
+    w = x.mT @ d
+    u = d - x @ (w + w.mT) / 2
+    u *= length / torch.linalg.matrix_norm(u, 2)
+    y = polar(x, u).double()
+    a, _, bh = torch.linalg.svd((x + u).double(), full_matrices=False)
+    assert (y - a @ bh).abs().max() <= 1e-6
+    assert (y.mT @ y - torch.eye(512)).abs().max() <= 1e-6
