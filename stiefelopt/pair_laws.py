@@ -19,7 +19,8 @@ from .rank_laws import (
     RankCase,
     cast,
     constraint_error,
-    equal,
+    drawn,
+    draws_unit_tangents,
     factor_gradients,
     law_rank_dense,
     law_rank_dtype,
@@ -137,28 +138,15 @@ def _(x: AB, z: Tensor) -> AB:
 def law_pair_membership(m: FixedRankPair, case: PairCase) -> None:
     """Any two finite factors are a point; ``random_point`` is a balanced one of full rank."""
     rows, columns, r = case.sizes
-    x, again = (
-        m.random_point(
-            *case.dense_shape,
-            rank=r,
-            dtype=case.dtype,
-            generator=torch.Generator().manual_seed(case.seed),
-        )
-        for _ in range(2)
-    )
-    batch = case.shape[:-3]
-    holds("equal generators draw equal points", equal(x, again))
+    x, batch = drawn(m, case), case.shape[:-3]
     holds("random_point has the shapes asked for", x.A.shape == (*batch, r, columns))
     holds("random_point has the shapes asked for", x.B.shape == (*batch, rows, r))
-    holds("random_point has the dtype asked for", {t.dtype for t in x} == {case.dtype})
     a, b = (cast(x, torch.float64).A, cast(x, torch.float64).B)
     at_most("random_point is balanced", a @ a.mT - b.mT @ b, case.tolerance(4))
     for point in (x, case.point(), AB(x.A, torch.zeros_like(x.B))):
         m.check(point)
         at_most("every point has residual 0", m.residual(point), 0.0)
-    u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
-    at_most("random_tangent is tangent", normal_part(x, u), case.tolerance())
-    at_most("random_tangent has unit norm", matrix_norms(tangent_matrix(x, u)) - 1, case.tolerance())
+    draws_unit_tangents(m, case, x)
     if x.A.numel():
         try:
             m.check(x._replace(B=x.B * math.nan))

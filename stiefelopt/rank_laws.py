@@ -229,36 +229,46 @@ def stepped(m: FixedRank, case: RankCase, x: USV, u: USV) -> USV | None:
 # The manifold: points, tangent vectors, metric
 
 
-@law
-def law_rank_membership(m: FixedRank, case: RankCase) -> None:
-    """``residual`` tells points from others, ``check`` acts on it, ``random_point`` and ``random_tangent`` fit."""
-    rows, columns, r = case.sizes
+def drawn(m: Any, case: RankCase) -> Any:
+    """A random point, the same from equal generators and in the dtype asked for."""
     x, again = (
         m.random_point(
             *case.dense_shape,
-            rank=r,
+            rank=case.sizes[-1],
             dtype=case.dtype,
             generator=torch.Generator().manual_seed(case.seed),
         )
         for _ in range(2)
     )
-    batch = case.shape[:-3]
     holds("equal generators draw equal points", equal(x, again))
+    holds("random_point has the dtype asked for", {t.dtype for t in x} == {case.dtype})
+    return x
+
+
+def draws_unit_tangents(m: Any, case: RankCase, x: Any) -> None:
+    """A random tangent vector is one, of unit norm."""
+    u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
+    at_most("random_tangent is tangent", normal_part(x, u), case.tolerance())
+    at_most("random_tangent has unit norm", matrix_norms(tangent_matrix(x, u)) - 1, case.tolerance())
+
+
+@law
+def law_rank_membership(m: FixedRank, case: RankCase) -> None:
+    """``residual`` tells points from others, ``check`` acts on it, ``random_point`` and ``random_tangent`` fit."""
+    rows, columns, r = case.sizes
+    x, batch = drawn(m, case), case.shape[:-3]
     shapes = tuple(tuple(t.shape) for t in x)
     holds(
         "random_point has the shapes asked for",
         shapes == ((*batch, rows, r), (*batch, r, r), (*batch, columns, r)),
     )
-    holds("random_point has the dtype asked for", {t.dtype for t in x} == {case.dtype})
     at_most("random_point lies on the manifold", constraint_error(x), case.tolerance())
     m.check(x)
     off = case.ambient()
     for z in (x._replace(U=x.U + off.U), x._replace(V=x.V + off.V)):
         error = m.residual(z).double() - constraint_error(z).abs().amax((-2, -1))
         at_most("residual is max |U^T U - I|, |V^T V - I|", error, case.tolerance(4 * (1 + case.scale) ** 2))
-    u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
-    at_most("random_tangent is tangent", normal_part(x, u), case.tolerance())
-    at_most("random_tangent has unit norm", matrix_norms(tangent_matrix(x, u)) - 1, case.tolerance())
+    draws_unit_tangents(m, case, x)
     if x.S.numel():
         _check_refuses(m, x)
 

@@ -12,6 +12,7 @@ from ..errors import ConfigError, UnknownNameError
 from ..registry import Registry
 
 M = TypeVar("M", bound="Manifold")
+T = TypeVar("T")
 
 _registry: Registry[type[Manifold]] = Registry("manifold")
 names, get = _registry.names, _registry.get
@@ -30,6 +31,26 @@ class Carrier(NamedTuple):
 
     vectors: Carry
     variances: Carry | None = None
+
+
+def carrier_from(
+    make: Callable[[Sequence[int], Sequence[Tensor]], T],
+    vectors: Callable[[T, Sequence[Tensor]], Sequence[Tensor]],
+    variances: Callable[[T, Sequence[Tensor]], Sequence[Tensor]],
+) -> Carrier:
+    """A `Carrier` whose parts share what `make` knows of old and new points, made once for each set of stacks."""
+    made: dict[tuple[int, ...], T] = {}
+
+    def carry(by: Callable[[T, Sequence[Tensor]], Sequence[Tensor]]) -> Carry:
+        def apply(index: Sequence[int], ys: Sequence[Tensor], vs: Sequence[Tensor]) -> Sequence[Tensor]:
+            key = tuple(index)
+            if key not in made:
+                made[key] = make(index, ys)
+            return by(made[key], vs)
+
+        return apply
+
+    return Carrier(carry(vectors), carry(variances))
 
 
 @dataclasses.dataclass(frozen=True)

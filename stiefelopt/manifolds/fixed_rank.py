@@ -29,7 +29,7 @@ from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype, without_autocast
-from .base import Carrier, Carry, Manifold, register
+from .base import Carrier, Manifold, carrier_from, register
 from .stiefel import Stiefel
 
 TRANSPORTS = ("projection", "none")
@@ -406,18 +406,14 @@ class FixedRank(Manifold):
         """What carries moments from the stacks xs to the new ones; None for "none"."""
         if self.transport == "none":
             return None
-        turns: dict[tuple[int, ...], Turn] = {}
 
         def turn(index: Sequence[int], ys: Tall) -> Turn:
-            key = tuple(index)
-            if key not in turns:
-                turns[key] = Turn(_factors([xs[i] for i in index]), _factors(ys), reduce)
-            return turns[key]
+            return Turn(_factors([xs[i] for i in index]), _factors(ys), reduce)
 
-        def carry(by: Callable[[Turn, Factors, Factors], Factors]) -> Carry:
-            return lambda index, ys, vs: _stacks(by(turn(index, ys), v := _factors(vs), v))
+        def carry(by: Callable[[Turn, Factors, Factors], Factors]) -> Callable[[Turn, Tall], Tall]:
+            return lambda turn, vs: _stacks(by(turn, v := _factors(vs), v))
 
-        return Carrier(carry(transported), carry(spread))
+        return carrier_from(turn, carry(transported), carry(spread))
 
 
 def _is_zero(d: Factors, reduce: Reduce | None) -> Tensor | None:

@@ -28,7 +28,7 @@ from ..rank_pairs import (
 )
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype, without_autocast
-from .base import Carrier, Manifold, register
+from .base import Carrier, Manifold, carrier_from, register
 from .fixed_rank import TRANSPORTS, FixedRank
 
 
@@ -283,17 +283,14 @@ class FixedRankPair(Manifold):
         """What carries moments from the stacks xs to the new ones; None for "none"."""
         if self.transport == "none":
             return None
-        turns: dict[tuple[int, ...], Turn] = {}
 
         def turn(index: Sequence[int], ys: Tall) -> Turn:
-            key = tuple(index)
-            if key not in turns:
-                turns[key] = Turn(Frame(_pairs([xs[i] for i in index])), Frame(_pairs(ys)))
-            return turns[key]
+            return Turn(Frame(_pairs([xs[i] for i in index])), Frame(_pairs(ys)))
 
-        return Carrier(
-            lambda index, ys, vs: _stacks(transported(turn(index, ys), _pairs(vs))),
-            lambda index, ys, vs: _stacks(spread(turn(index, ys), _pairs(vs))),
+        return carrier_from(
+            turn,
+            lambda turn, vs: _stacks(transported(turn, _pairs(vs))),
+            lambda turn, vs: _stacks(spread(turn, _pairs(vs))),
         )
 
 
