@@ -106,11 +106,17 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> Table:
 
 def plot(path: Path, found: dict[str, dict[str, dict[str, float]]], caption: str) -> Path:
     """Time in units of the floor, logarithmic, one panel per workload."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     with figure(path, 1, len(found), (3.6 * len(found), 3.2), caption, sharey=True) as axes:
         for axis, (name, rows) in zip(axes.flat, found.items(), strict=True):
             colors = ["#1f6f8b" if known.startswith("stiefelopt") else "#d98e4a" for known in rows]
             axis.barh(list(rows), [row[f"/ {FLOOR}"] for row in rows.values()], color=colors)
             axis.set_xscale("log")
+            axis.set_xlim(left=1)  # what nothing can be faster than
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(f"{name}: {WORKLOADS[name].title}", fontsize=8, loc="left")
             axis.set_xlabel(f"time / {FLOOR}", fontsize=8)
             axis.tick_params(labelsize=8)

@@ -155,9 +155,12 @@ def _coefficients(step: int, eps: float) -> tuple[float, ...] | None:
     b = 2.0 ** (step / GRID)
     if not b < 1:
         return None
-    nodes = chebyshev.chebpts1(2 * HIGHEST + 4)  # an even number: none of them is 0
-    values = np.expm1(-0.5 * np.log1p(b * nodes)) / (b * nodes)
-    found = chebyshev.chebfit(nodes, values, len(nodes) - 1)
+    # Interpolated at an even number of Chebyshev nodes: none of them is 0.
+    angles = (np.arange(2 * HIGHEST + 4) + 0.5) * (np.pi / (2 * HIGHEST + 4))
+    nodes = b * np.cos(angles)
+    quotients = np.expm1(-0.5 * np.log1p(nodes)) / nodes
+    found = np.cos(np.outer(np.arange(HIGHEST + 1), angles)) @ quotients * (2 / len(angles))
+    found[0] /= 2
     decay = b / (1 + math.sqrt(1 - b * b))
     for degree in range(1, HIGHEST + 1):
         if b * abs(found[degree]) / (1 - decay) <= 0.25 * eps:
