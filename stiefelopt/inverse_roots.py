@@ -27,7 +27,7 @@ NARROW = 4
 STABLE = 4.0
 # Bounds are rounded up to powers of 2^(1/8), so that few polynomials are ever computed.
 GRID = 8
-# Frobenius error, in units of eps, that products in bfloat16 may bring. Rounding a point with 256 columns or more to
+# Frobenius error, in units of eps, that products in bfloat16 may bring. Rounding a point with 512 columns or more to
 # float32 brings as much: ||x||_F is p^(1/2).
 COARSE = 4.0
 
