@@ -73,15 +73,16 @@ def newton_schulz(e: Tensor, steps: int) -> Tensor:
         e: (*b, p, p), symmetric, eigenvalues above -1 and below 1.
         steps: how many iterations; their products cost 3 (steps - 1).
     """
+    shape, e = e.shape, e.reshape(-1, *e.shape[-2:])
     eye = identity_like(e)
     t = -0.5 * e
     z = t  # z - I
     y = eye + e
     for _ in range(steps - 1):
-        y = y + y @ t
-        t = -0.5 * (y - eye + z @ y)
-        z = z + t + t @ z
-    return z
+        y = torch.baddbmm(y, y, t)
+        t = torch.baddbmm(torch.sub(0.5 * eye, y, alpha=0.5), z, y, alpha=-0.5)
+        z = torch.baddbmm(z + t, t, z)
+    return z.reshape(shape)
 
 
 def iterations_needed(e: float, dtype: torch.dtype) -> int:
