@@ -117,7 +117,8 @@ class Race:
             f"steps to {self.methods[0]}'s",
             "after half the steps",
         ):
-            view.add_column(column, justify="left" if column == "method" else "right")
+            name = column == "method"
+            view.add_column(column, justify="left" if name else "right", no_wrap=name)
         for method, records in self.records.items():
             tests = [r.test.cross_entropy for r in records if r.test is not None]
             view.add_row(
