@@ -56,8 +56,10 @@ def inverse_sqrt(e: Tensor) -> Tensor:
         return _evaluate(found, e, square)
     centre, bound = _centred(e, square)
     found = coefficients(bound, eps)
-    steps = iterations_needed(bound, e.dtype)
-    increment = newton_schulz(e, steps) if found is None else _evaluate(found, e, square)
+    if found is None:
+        increment = newton_schulz(e, iterations_needed(bound, e.dtype))
+    else:
+        increment = _evaluate(found, e, square)
     # (1 + c)^(-1/2) (I + increment) - I
     root = torch.expm1(-0.5 * torch.log1p(centre))
     increment.mul_(1 + root[..., None, None]).diagonal(dim1=-2, dim2=-1).add_(root[..., None])
@@ -98,11 +100,12 @@ def iterations_needed(e: float, dtype: torch.dtype) -> int:
 
 def _centred(e: Tensor, square: Tensor) -> tuple[Tensor, float]:
     """Overwrite e by f = (e - c I) / (1 + c), and its square, with a good c (*b,); returns c and a bound of ||f||_2."""
-    bound = root_of_norm(square)
+    # The entries of a square bound the spectrum better than those of e.
+    bound = norm_bound(square).sqrt()
     lowest = torch.where(bound < 1, -bound, torch.zeros_like(bound))
     mean = e.diagonal(dim1=-2, dim2=-1).mean(-1)
     _shift(e, square, mean)
-    bound = root_of_norm(square)
+    bound = norm_bound(square).sqrt()
     # Half of that part of [mean - bound, mean + bound] which is known to be empty.
     cut = (lowest - (mean - bound)).clamp_min(0) / 2
     _shift(e, square, cut)
@@ -113,9 +116,9 @@ def _centred(e: Tensor, square: Tensor) -> tuple[Tensor, float]:
     return centre, ((bound - cut) / (1 + centre)).amax().item()
 
 
-def root_of_norm(square: Tensor) -> Tensor:
-    """A bound (*b,) of ||f||_2 for symmetric f from its square, whose entries bound it better than those of f."""
-    return torch.minimum(torch.linalg.matrix_norm(square), square.abs().sum(-1).amax(-1)).sqrt()
+def norm_bound(a: Tensor) -> Tensor:
+    """An upper bound (*b,) of the spectral norm of symmetric a: row sums or Frobenius, whichever is less."""
+    return torch.minimum(a.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(a))
 
 
 def _shift(e: Tensor, square: Tensor, c: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .gram import identity_like
-from .inverse_roots import inverse_sqrt, iterations_needed, newton_schulz, root_of_norm
+from .inverse_roots import inverse_sqrt, iterations_needed, newton_schulz, norm_bound
 
 # Iterations of the scaled coupled iteration that turn any condition number up to about 1e4 into full float32
 # accuracy; used where the host must not look at the data.
@@ -57,7 +57,7 @@ def spectral_bound(a: Tensor) -> Tensor:
 
     Cost: one product of p x p.
     """
-    return root_of_norm(a @ a)
+    return norm_bound(a @ a).sqrt()
 
 
 def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
@@ -101,9 +101,7 @@ def _scale_and_steps(g: Tensor, steps: int | None) -> tuple[Tensor | None, int]:
     e = distance_from_identity(g)
     if e is not None and e < 0.5:
         return None, _iterations(e, g) if steps is None else steps
-    # Any upper bound of the largest eigenvalue will do; row sums and Frobenius are the two cheap ones.
-    scale = torch.minimum(g.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(g)).detach()[..., None, None]
-    scale = scale.clamp_min(torch.finfo(g.dtype).tiny)
+    scale = norm_bound(g.detach())[..., None, None].clamp_min(torch.finfo(g.dtype).tiny)
     if steps is None:
         steps = BLIND_ITERATIONS if e is None else 1
         if e is not None and e < float("inf"):
@@ -115,7 +113,8 @@ def _scale_and_steps(g: Tensor, steps: int | None) -> tuple[Tensor | None, int]:
 
 
 def _iterations(e: float, g: Tensor) -> int:
-    return max(1, iterations_needed(e, g.dtype)) + int(g.requires_grad)
+    """With one for the derivatives, which are why the host iterates at all."""
+    return max(1, iterations_needed(e, g.dtype)) + 1
 
 
 def cholesky_inverse_increment(g: Tensor) -> Tensor:
