@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,15 +56,27 @@ def test_it_is_what_base_and_update_give_apart(
     torch.testing.assert_close(seen, [nn.functional.linear(x, layer.base.weight, layer.base.bias)])
 
 
+class Products(TorchDispatchMode):
+    """Counts the flops of matrix products (torch's counter listens to every module, and then nothing is fused)."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.flops += 2 * a.shape[0] * b.shape[0] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
 class Wide(TorchDispatchMode):
-    """Counts the results with as many columns as the layer has outputs."""
+    """Counts the results of the size of the layer's output."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         known = {t.data_ptr() for t in args if isinstance(t, Tensor)}
-        if isinstance(out, Tensor) and out.shape[-1:] == (9,) and out.data_ptr() not in known:
+        if isinstance(out, Tensor) and out.shape == (5, 9) and out.data_ptr() not in known:
             self.count += 1
         return out
 
@@ -76,8 +89,7 @@ def test_it_makes_one_wide_result(make: Callable[..., Any]) -> None:
     layer.base.register_forward_hook(lambda *_: None)
     with torch.no_grad(), Wide() as apart:
         layer(x)
-    # The factors of a correction beside the base have as many columns too.
-    assert (together.count, apart.count) == ((1, 2) if layer.U.shape[-1] == 3 else (2, 3))
+    assert (together.count, apart.count) == (1, 2)
 
 
 def test_whoever_listens_or_trains_is_served() -> None:
@@ -120,6 +132,58 @@ def test_stella_is_differentiable_twice() -> None:
         return functional_call(layer, named, (x,)).tanh()
 
     assert torch.autograd.gradgradcheck(function, (x, *factors))
+
+
+def second_derivatives(layer: Any, x: Tensor) -> list[Tensor]:
+    """Of a layer applied twice, the second time to what it made itself: its input depends on its factors."""
+    x = x.clone().requires_grad_()
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    y = layer(layer(x).tanh()).sin()
+    firsts = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    return list(torch.autograd.grad(torch.stack([(g**3).sum() for g in firsts]).sum(), leaves))
+
+
+@pytest.mark.parametrize("make", [m for name, m in LAYERS.items() if "riemann" not in name])
+def test_second_derivatives_are_those_of_base_and_update_apart(make: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    layer, x = make(nn.Linear(8, 8, dtype=torch.float64), r=3), torch.randn(5, 8, dtype=torch.float64)
+    together = second_derivatives(layer, x)
+    layer.base.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(together, second_derivatives(layer, x), rtol=1e-10, atol=1e-12)
+
+
+def test_stella_is_differentiable_forward() -> None:
+    layer, x = layer_of(StelLALinear), torch.randn(4, 7, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, layer(x + tangent) - layer(x))
+
+
+@each_layer
+def test_gradients_lie_like_their_parameters(make: Callable[..., Any]) -> None:
+    layer, seen = layer_of(make), []
+    for name in ("U", "S", "V"):
+        getattr(layer, name).register_hook(lambda g: seen.append(g.is_contiguous()))
+    layer(torch.randn(5, 7, dtype=torch.float64)).sum().backward()
+    assert seen == [True] * 3
+
+
+@each_layer
+@pytest.mark.parametrize("rows", [2, 40])
+def test_it_takes_the_products_of_lora_and_some_of_r_rows(make: Callable[..., Any], rows: int) -> None:
+    n, m, r = 24, 32, 4
+    layer = make(nn.Linear(n, m), r=r)
+    x = torch.randn(rows, n, requires_grad=True)
+    with Products() as counted:
+        layer(x).sum().backward()
+    base = 2 * (2 * rows * n * m)
+    # x V and the update, dy U and what it adds to dL/dx, and the gradients; of U0 and V0 beside them but the former.
+    columns = r if layer.folds or layer.U0 is None else 2 * r
+    thin = 2 * rows * (n + m) * (2 * columns + r)
+    # S into the factors, the gradients of the factors through S, and the gradient of S
+    small = 2 * r * r * (2 * (n + m) + rows)
+    assert base + thin <= counted.flops <= base + thin + small
 
 
 def test_factors_may_be_batched_by_vmap() -> None:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
 from ..shapes import HALF, without_autocast
 from .shared import SharedBase
+from .update import LowRankUpdate, factors_of_update
 
 
 def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
@@ -77,6 +78,7 @@ class LowRankLinear(nn.Module):
 
     FACTORS = ("U", "S", "V")
     CORRECTIONS: tuple[str, ...] = ("fold", "keep")
+    PROJECTED = False  # what gradients the factors get, see `LowRankUpdate`
     base: nn.Module  # or a `SharedBase`, which stands in for one
     U0: Tensor | None
     V0: Tensor | None
@@ -146,30 +148,35 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
         if self.may_fuse(x):
-            return self._fused(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+            return self._fused(x)
         y = self.base(x)
         return y if self.merged else self.add_update(y, x)
 
     def may_fuse(self, x: Tensor) -> bool:
         """Whether base and update may be computed as one: a frozen nn.Linear that nobody listens to, in one dtype."""
-        base: Any = self.base.module if isinstance(self.base, SharedBase) else self.base
+        base: Any = self.base
+        if isinstance(base, SharedBase):
+            base = base.module
+        if type(base) is not nn.Linear:
+            return False
+        weight, bias = base.weight, base.bias
         return (
-            type(base) is nn.Linear
-            and type(base.weight) is nn.Parameter
-            and x.dtype == base.weight.dtype == self.V.dtype
-            and not any(t.requires_grad for t in base.parameters())
+            type(weight) is nn.Parameter
+            and x.dtype == weight.dtype == self.V.dtype
+            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
             and not (self.merged or (self.training and self.dropout.p))
-            and not any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks))
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not (base._backward_pre_hooks or _has_any_global_hook())
             and not torch.is_autocast_enabled(x.device.type)
             and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+            and forward_ad._current_level < 0
         )
 
     def _fused(self, x: Tensor) -> Tensor:
-        """`forward` of rows x; the update is added in place, and nobody has seen the base's output."""
-        z, wide = self._thin(x)
+        """`forward` in one differentiable step: both sums are made in place, and nobody sees the base's output."""
         base: Any = self.base
-        return F.linear(x, base.weight, base.bias).addmm_(z, wide.T)
+        factors = self.U, self.S, self.V, self.scale, self.PROJECTED, *self._correction_beside()
+        return LowRankUpdate.apply(None, x, *factors, base.weight, base.bias)
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Y + scale (dropout(x) V) S^T U^T, in y's dtype; y is base(x)."""
@@ -180,22 +187,12 @@ class LowRankLinear(nn.Module):
 
     def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
         """Y + scale (h V) S^T U^T, less the correction beside it."""
-        return _plus_product(y, *self._thin(h))
-
-    def _thin(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Z and U, with the correction's columns, whose product z U^T is the update."""
-        z = h @ self.V
-        # The scale goes to the r columns here, not to the wide result.
-        z = z * (self.S * self.scale) if self.diagonal else F.linear(z, self.S * self.scale)
         u0, v0 = self._correction_beside()
-        if v0 is not None:
-            z = torch.cat((z, -self.scale * (h @ v0)), -1)
-        return z, beside(self.U, u0)
+        return _plus_product(y, *factors_of_update(h, self.U, self.S, self.V, self.scale, u0, v0))
 
     def _correction_beside(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """U0 and V0, where the correction is applied beside the base weight."""
-        pair = self._corrected_by()
-        return (None, None) if pair is None or self.folds else pair
+        return (None, None) if self.folds else self._corrected_by() or (None, None)
 
     # The update as a matrix
 
@@ -394,13 +391,8 @@ def forbid_fast_path(module: nn.Module, args: object) -> None:
     """Nothing to do: that there is a hook is what counts."""
 
 
-def beside(a: Tensor, b: Tensor | None) -> Tensor:
-    """[a b], or a where there is no b."""
-    return a if b is None else torch.cat((a, b), -1)
-
-
-def _plus_product(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
-    """y + h u^T: one pass over the wide result where the dtypes allow it."""
-    if y.dtype != h.dtype or y.dtype != u.dtype or y.device.type != h.device.type:
-        return y + F.linear(h, u).to(y.dtype)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), u.T).reshape(y.shape)
+def _plus_product(y: Tensor, z: Tensor, wide: Tensor) -> Tensor:
+    """y + z wide: one pass over the wide result where the dtypes allow it."""
+    if y.dtype != z.dtype or y.dtype != wide.dtype or y.device.type != z.device.type:
+        return y + (z @ wide).to(y.dtype)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), wide).reshape(y.shape)

@@ -4,102 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..distributed import shared_generator, write_whole
 from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
-from .low_rank import LowRankLinear, beside, linear_sizes
+from .low_rank import LowRankLinear, linear_sizes
 from .shared import SharedBase
+from .update import LowRankUpdate
 
 INITS = ("random", "loi")
-
-
-class _LowRankUpdate(torch.autograd.Function):
-    """y + scale (h V) S^T U^T, whose "gradients" of U, S, V are G V, U^T G V, G^T U with G = dL/d(U S V^T).
-
-    The FLOPs and saved tensors of plain LoRA. With a pair (U0, V0) beside it, y - scale (h V0) U0^T on top: the same
-    products with 2 r columns, and gradients for U, S, V alone. Given the base's weight and bias instead of y, it is
-    y = h weight^T + bias, and both sums, of y and of dL/dh, are made in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor | None,
-        h: Tensor,
-        u: Tensor,
-        s: Tensor,
-        v: Tensor,
-        scale: float,
-        u0: Tensor | None,
-        v0: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        r = s.shape[0]
-        rows = h.reshape(-1, h.shape[-1])
-        z = scale * (rows @ beside(v, v0))
-        # S, V, V0 and the weight are for dL/dh alone.
-        behind = (s, v, v0, weight) if ctx.needs_input_grad[1] else (None, None, None, None)
-        ctx.save_for_backward(rows, z if u0 is None else z[:, :r], u, u0, *behind)
-        ctx.scale, ctx.shape = scale, h.shape
-        mixed = z @ s.mT if u0 is None else torch.cat((z[:, :r] @ s.mT, -z[:, r:]), -1)
-        wide = beside(u, u0).mT
-        if y is None:
-            return functional.linear(rows, cast(Tensor, weight), bias).addmm_(mixed, wide)
-        flat = y.reshape(-1, y.shape[-1])
-        out = (
-            torch.addmm(flat, mixed, wide)
-            if flat.dtype == mixed.dtype
-            else flat + (mixed @ wide).to(flat.dtype)
-        )
-        return out.reshape(y.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            grads = _LowRankUpdate._gradients(ctx, dy)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = _NotTwice.apply(len(ctx.saved_tensors), *ctx.saved_tensors, *grads)
-        return dy if ctx.needs_input_grad[0] else None, *grads, None, None, None, None, None
-
-    @staticmethod
-    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, z, u, u0, s, v, v0, weight = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1]).to(h.dtype)
-        inner = rows @ beside(u, u0)
-        own = inner if u0 is None else inner[:, : u.shape[1]]
-        gu, gs = rows.mT @ z, own.mT @ z
-        inner *= ctx.scale
-        dh, gv = None, h.mT @ own
-        if ctx.needs_input_grad[1]:
-            mixed = own @ s if u0 is None else torch.cat((own @ s, -inner[:, u.shape[1] :]), -1)
-            wide = beside(v, v0).mT
-            dh = mixed @ wide if weight is None else (rows @ weight).addmm_(mixed, wide)
-            dh = dh.reshape(ctx.shape)
-        return dh, gu, gs, gv
-
-
-class _NotTwice(torch.autograd.Function):
-    """The gradients of `_LowRankUpdate` as functions of what they are made of, that refuse to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tensors[count:]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise ConfigError(
-            "RiemannLoRALinear is differentiable once: its gradients G V, U^T G V, G^T U are no derivatives of a "
-            "function. Use StelLALinear where a loss contains gradients, or merge() what is only to be differentiated."
-        )
 
 
 def check_scale(scale: object) -> None:
@@ -141,6 +60,7 @@ class RiemannLoRALinear(LowRankLinear):
     """
 
     CORRECTIONS = ("fold", "keep", "none")
+    PROJECTED = True
 
     def __init__(
         self,
@@ -231,16 +151,11 @@ class RiemannLoRALinear(LowRankLinear):
             dtype = torch.get_autocast_dtype(h.device.type)
         factors = (self.U, self.S, self.V, *self._correction_beside())
         u, s, v, u0, v0 = (t if t is None else t.to(dtype) for t in factors)
-        return _LowRankUpdate.apply(y, h.to(dtype), u, s, v, self.scale, u0, v0)
+        return LowRankUpdate.apply(y, h.to(dtype), u, s, v, self.scale, self.PROJECTED, u0, v0)
 
     def may_fuse(self, x: Tensor) -> bool:
         """As in the base class, but for `loi_init`'s probe."""
         return self._probe is None and super().may_fuse(x)
-
-    def _fused(self, x: Tensor) -> Tensor:
-        base: Any = self.base
-        factors = self.U, self.S, self.V, self.scale, *self._correction_beside()
-        return _LowRankUpdate.apply(None, x, *factors, base.weight, base.bias)
 
     def extra_repr(self) -> str:
         """Rank, scale and correction, for print(model)."""
