@@ -70,7 +70,9 @@ class Joint:
         self._grads = [grad[piece] for piece in self._pieces]
         self._blocks: dict[str, Block] = {}
         self._shared: dict[str, Any] = {}  # the common state
-        self._lent: list[dict[str, Any]] = []  # and each piece's part of it
+        self._cut: dict[str, tuple[Tensor, list[Tensor]]] = {}  # its tensors, and the pieces' parts of them
+        self._lent: list[dict[str, Any]] = []  # what each piece was lent
+        self.stepped: dict[str, Tensor] = {}  # those (k, *shape) that the last step has left in place
 
     def enter(self) -> bool:
         """Lend the pieces their gradients and the state of the parameters; False where that has no common form."""
@@ -78,23 +80,28 @@ class Joint:
         if common is None:
             return False
         self._shared = common
-        for piece, whole, grad in zip(self._pieces, self.wholes, self._grads, strict=True):
-            lent = {name: _part(value, piece) for name, value in common.items()}
-            self._lent.append(lent)
-            self._optimizer.state[whole] = dict(lent)
+        parts = {name: self._parts(name, value) for name, value in common.items()}
+        for i, (whole, grad) in enumerate(zip(self.wholes, self._grads, strict=True)):
+            self._lent.append({name: part[i] for name, part in parts.items()})
+            self._optimizer.state[whole] = dict(self._lent[-1])
             whole.grad = grad
         return True
 
     def leave(self) -> None:
         """Give every parameter its part of what the state has become."""
+        self.stepped = {name: t for name, t in self._shared.items() if isinstance(t, Tensor) and t.ndim > 1}
         for piece, whole, lent in zip(self._pieces, self.wholes, self._lent, strict=True):
             whole.grad = None
             for name, value in self._optimizer.state.pop(whole, {}).items():
-                self._return(name, value, piece, known=name in lent and value is lent[name])
+                known = name in lent and value is lent[name]
+                if not known:
+                    self.stepped.pop(name, None)
+                self._return(name, value, piece, known=known)
         self._lent, self._shared = [], {}
 
     def dissolve(self) -> None:
         """Give every state its own memory again, before others are made of these parameters."""
+        self._cut, self.stepped = {}, {}
         for block in self._blocks.values():
             block.dissolve()
 
@@ -129,21 +136,24 @@ class Joint:
                 found[name] = value
         return found if all(len(state) == len(found) for state in states) else None
 
+    def _parts(self, name: str, value: Any) -> list[Any]:
+        """What each piece sees of a common state: its rows, its first number, or what is no tensor."""
+        if not isinstance(value, Tensor):
+            return [value] * len(self._pieces)
+        known = self._cut.get(name)
+        if known is None or known[0] is not value:
+            known = value, [value[p.start] if value.ndim == 1 else value[p] for p in self._pieces]
+            self._cut[name] = known
+        return known[1]
+
     def _joined(self, name: str, values: list[Any]) -> Tensor | None:
         """The whole of these tensors, (k, *shape); or of numbers that are all the same, (k,)."""
         block = self._blocks.setdefault(name, Block())
         if values[0].ndim == 0:
             numbers = block.of(values, lambda: values[0].new_empty(len(values)))
-            return numbers if numbers is not None and bool((numbers == numbers[0]).all()) else None
+            return numbers if numbers is not None and len(set(numbers.tolist())) == 1 else None
         whole = block.of(values, lambda: torch.empty_like(self._whole))
         return whole if whole is not None and whole.shape == self._whole.shape else None
-
-
-def _part(value: Any, piece: slice) -> Any:
-    """What a piece sees of a common state: its rows, its first number, or what is no tensor."""
-    if not isinstance(value, Tensor):
-        return value
-    return value[piece.start] if value.ndim == 1 else value[piece]
 
 
 class JointStep:

@@ -223,6 +223,11 @@ class Stack:
 
     def moments(self, name: str) -> Moments | None:
         """The optimizer's tensors of this name; None unless every parameter has one of its own shape."""
+        stepped = self._stepped_as_one(name)
+        if stepped is not None:
+            return Moments(self._tall(stepped), [])
+        if not isinstance(self._optimizer.state.get(self.params[0], {}).get(name), Tensor):
+            return None
         found = [self._optimizer.state.get(p, {}).get(name) for p in self.params]
         block = None
         if self._shards is None:
@@ -231,6 +236,10 @@ class Stack:
             return Moments(self._tall(block), [])
         fits = all(isinstance(t, Tensor) and t.shape == self._kind[1] for t in found)
         return Moments(self.gather_tall(found), found) if fits else None
+
+    def _stepped_as_one(self, name: str) -> Tensor | None:
+        """The moments (k, *shape), where one joint has just stepped all parameters: nothing is left to look up."""
+        return self.joints[0].stepped.get(name) if self.joined and len(self.joints) == 1 else None
 
     def release_moments(self) -> None:
         """Let every moment have its own memory, before other stacks are made."""
