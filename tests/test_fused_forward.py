@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ class Wide(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        known = {t.data_ptr() for t in args if isinstance(t, Tensor)}
+        known = {t.data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
         if isinstance(out, Tensor) and out.shape == (5, 9) and out.data_ptr() not in known:
             self.count += 1
         return out
@@ -158,6 +159,30 @@ def test_stella_is_differentiable_forward() -> None:
     with forward_ad.dual_level():
         found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
     torch.testing.assert_close(found, layer(x + tangent) - layer(x))
+
+
+@each_layer
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_others_may_write_to_its_output(
+    make: Callable[..., Any], fused: bool, batch: tuple[int, ...]
+) -> None:
+    layer, x = layer_of(make, dropout=0.0 if fused else 1e-9), torch.randn(*batch, 7, dtype=torch.float64)
+    factors = [layer.U, layer.S, layer.V]
+    assert layer.may_fuse(x) == fused
+    expected = torch.autograd.grad(layer(x).relu().sum(), factors)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).relu_().sum(), factors), expected)
+
+
+@each_layer
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_can_be_saved(make: Callable[..., Any]) -> None:
+    layer, x = layer_of(make).eval(), torch.randn(5, 7, dtype=torch.float64)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x), buffer)
+    buffer.seek(0)
+    other = torch.randn(11, 7, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.load(buffer)(other), layer(other))
 
 
 @each_layer

@@ -79,7 +79,7 @@ def test_residual_and_memory_stay_flat(steps: int) -> None:
     start = [p.detach().clone() for p in training.points]
     tensors, resident = live_tensors(), resident_bytes()
     residuals = list(training.run(steps - 100))
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors  # fewer where what an earlier test left has gone
     # Half a KiB a step would show in the long run, 20 KiB in the short one.
     assert resident_bytes() - resident < 8 * MIB
     quarter = len(residuals) // 4

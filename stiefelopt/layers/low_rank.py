@@ -168,7 +168,8 @@ class LowRankLinear(nn.Module):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not (base._backward_pre_hooks or _has_any_global_hook())
             and not torch.is_autocast_enabled(x.device.type)
-            and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+            and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
         )
 

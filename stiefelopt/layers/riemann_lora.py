@@ -145,6 +145,9 @@ class RiemannLoRALinear(LowRankLinear):
             )
 
     def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
+        # What is traced is not trained, and a function of Python cannot be saved.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return super()._plus_update(y, h)
         dtype = h.dtype
         # Autocast leaves float64 alone.
         if torch.is_autocast_enabled(h.device.type) and dtype != torch.float64:
