@@ -104,16 +104,15 @@ class LowRankUpdate(torch.autograd.Function):
         for_dh = (None,) * 4 if projected and not ctx.needs_input_grad[1] else (s, v, v0, weight)
         ctx.save_for_backward(*_Saved(h, own, u, u0, *for_dh))
         thin, wide = _factors(z, s, u, u0)
-        # Not a view of anything, which autograd would not let others write to in place.
-        out = (h if y is None else y).new_empty((*h.shape[:-1], u.shape[0]))
-        flat = out.view(-1, u.shape[0])
         if y is None:
-            _linear_into(flat, rows, cast(Tensor, weight), bias).addmm_(thin, wide)
-        elif y.dtype == thin.dtype:
-            torch.addmm(y.reshape(flat.shape), thin, wide, out=flat)
+            out = F.linear(rows, cast(Tensor, weight), bias).addmm_(thin, wide)
         else:
-            torch.add(y.reshape(flat.shape), (thin @ wide).to(y.dtype), out=flat)
-        return out
+            flat = y.reshape(-1, y.shape[-1])
+            same = flat.dtype == thin.dtype
+            out = torch.addmm(flat, thin, wide) if same else flat + (thin @ wide).to(flat.dtype)
+        shape = (*h.shape[:-1], u.shape[0])
+        # Others may write to it in place, which autograd forbids for a view; the compiler knows no resize_.
+        return out.view(shape) if torch.compiler.is_compiling() else out.resize_(shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,12 +127,6 @@ class LowRankUpdate(torch.autograd.Function):
         else:
             grads = _differentiable_gradients(ctx, dy, saved)
         return dy if ctx.has_y else None, *grads, *[None] * 6
-
-
-def _linear_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(rows, weight.t(), out=out)
-    return torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def _gradients(ctx: Any, dy: Tensor, saved: _Saved) -> tuple[Tensor | None, ...]:
