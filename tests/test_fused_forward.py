@@ -76,7 +76,7 @@ class Wide(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        known = {t.data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
+        known = {t.data_ptr() for t in args if isinstance(t, Tensor)}
         if isinstance(out, Tensor) and out.shape == (5, 9) and out.data_ptr() not in known:
             self.count += 1
         return out

@@ -15,7 +15,7 @@ from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
 from ..shapes import HALF, without_autocast
 from .shared import SharedBase
-from .update import LowRankUpdate, factors_of_update
+from .update import LowRankUpdate, factors_of_update, plus_product
 
 
 def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
@@ -189,7 +189,8 @@ class LowRankLinear(nn.Module):
     def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
         """Y + scale (h V) S^T U^T, less the correction beside it."""
         u0, v0 = self._correction_beside()
-        return _plus_product(y, *factors_of_update(h, self.U, self.S, self.V, self.scale, u0, v0))
+        z, wide = factors_of_update(h, self.U, self.S, self.V, self.scale, u0, v0)
+        return plus_product(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), wide).reshape(y.shape)
 
     def _correction_beside(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """U0 and V0, where the correction is applied beside the base weight."""
@@ -390,10 +391,3 @@ def _save_unmerged(module: nn.Module, state: dict[str, Any], prefix: str, metada
 
 def forbid_fast_path(module: nn.Module, args: object) -> None:
     """Nothing to do: that there is a hook is what counts."""
-
-
-def _plus_product(y: Tensor, z: Tensor, wide: Tensor) -> Tensor:
-    """y + z wide: one pass over the wide result where the dtypes allow it."""
-    if y.dtype != z.dtype or y.dtype != wide.dtype or y.device.type != z.device.type:
-        return y + (z @ wide).to(y.dtype)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), wide).reshape(y.shape)

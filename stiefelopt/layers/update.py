@@ -17,6 +17,18 @@ def beside(a: Tensor, b: Tensor | None) -> Tensor:
     return a if b is None else torch.cat((a, b), -1)
 
 
+def _own(z: Tensor, u: Tensor, u0: Tensor | None) -> Tensor:
+    """The columns of u's in what was multiplied by [u u0]."""
+    return z if u0 is None else z[..., : u.shape[-1]]
+
+
+def plus_product(y: Tensor, z: Tensor, wide: Tensor) -> Tensor:
+    """y + z wide of rows y and z, in y's dtype: one pass over the wide result where the dtypes allow it."""
+    if y.dtype != z.dtype or y.dtype != wide.dtype or y.device.type != z.device.type:
+        return y + (z @ wide).to(y.dtype)
+    return torch.addmm(y, z, wide)
+
+
 def factors_of_update(
     h: Tensor, u: Tensor, s: Tensor, v: Tensor, scale: float, u0: Tensor | None, v0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +50,7 @@ def _factors(z: Tensor, s: Tensor, u: Tensor, u0: Tensor | None) -> tuple[Tensor
     s goes to u, which leaves the product in rows, see `_in_rows`. With fewer than r rows in z that is the longer way,
     and in half precision a small s u^T may underflow: there s goes to z.
     """
-    own = z if u0 is None else z[..., : u.shape[-1]]
+    own = _own(z, u, u0)
     if s.ndim == 1:
         own, wide = own * s, _in_rows(u)
     elif z.dtype in HALF or own.shape[:-1].numel() < u.shape[-1]:
@@ -99,17 +111,14 @@ class LowRankUpdate(torch.autograd.Function):
         """The sum, of y's shape or with h's leading dimensions."""
         rows = h.reshape(-1, h.shape[-1])
         z = torch.mm(rows, beside(v, v0)).mul_(scale)
-        ctx.scale, ctx.projected, ctx.has_y = scale, projected, y is not None
-        own = z if u0 is None else z[:, : u.shape[1]]
+        ctx.scale, ctx.projected = scale, projected
         for_dh = (None,) * 4 if projected and not ctx.needs_input_grad[1] else (s, v, v0, weight)
-        ctx.save_for_backward(*_Saved(h, own, u, u0, *for_dh))
+        ctx.save_for_backward(*_Saved(h, _own(z, u, u0), u, u0, *for_dh))
         thin, wide = _factors(z, s, u, u0)
         if y is None:
             out = F.linear(rows, cast(Tensor, weight), bias).addmm_(thin, wide)
         else:
-            flat = y.reshape(-1, y.shape[-1])
-            same = flat.dtype == thin.dtype
-            out = torch.addmm(flat, thin, wide) if same else flat + (thin @ wide).to(flat.dtype)
+            out = plus_product(y.reshape(-1, y.shape[-1]), thin, wide)
         shape = (*h.shape[:-1], u.shape[0])
         # Others may write to it in place, which autograd forbids for a view; the compiler knows no resize_.
         return out.view(shape) if torch.compiler.is_compiling() else out.resize_(shape)
@@ -126,7 +135,7 @@ class LowRankUpdate(torch.autograd.Function):
             grads = _NotTwice.apply(len(saved), *saved, *grads)
         else:
             grads = _differentiable_gradients(ctx, dy, saved)
-        return dy if ctx.has_y else None, *grads, *[None] * 6
+        return dy if ctx.needs_input_grad[0] else None, *grads, *[None] * 6
 
 
 def _gradients(ctx: Any, dy: Tensor, saved: _Saved) -> tuple[Tensor | None, ...]:
@@ -136,14 +145,16 @@ def _gradients(ctx: Any, dy: Tensor, saved: _Saved) -> tuple[Tensor | None, ...]
     if columns.dtype != h.dtype:
         columns = columns.to(h.dtype)
     inner = torch.mm(columns, beside(u, u0))
-    own = inner if u0 is None else inner[:, : u.shape[1]]
-    gs = (own * z).sum(0) if s is not None and s.ndim == 1 else torch.mm(own.t(), z)
+    own = _own(inner, u, u0)
+    diagonal = s is not None and s.ndim == 1
+    st = s if s is None or diagonal else s.t()
+    gs = (own * z).sum(0) if diagonal else torch.mm(own.t(), z)
     inner.mul_(ctx.scale)
-    to_u, to_v = (None, None) if ctx.projected or s is None else (s.mT if s.ndim == 2 else s, s)
+    to_u, to_v = (None, None) if ctx.projected else (st, s)
     gu, gv = _turned(torch.mm(z.t(), columns), to_u), _turned(torch.mm(own.t(), rows), to_v)
-    if not ctx.needs_input_grad[1] or s is None or v is None:
+    if not ctx.needs_input_grad[1] or st is None or v is None:
         return None, gu, gs, gv
-    thin, wide = _factors(inner, s.mT if s.ndim == 2 else s, v, v0)
+    thin, wide = _factors(inner, st, v, v0)
     dh = torch.mm(thin, wide) if weight is None else torch.mm(columns, weight).addmm_(thin, wide)
     return dh.view(h.shape), gu, gs, gv
 
