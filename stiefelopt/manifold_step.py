@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from .buckets import Bucket, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
+from .full_precision import full_precision
 from .joint import JointStep
 from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
-from .shapes import without_autocast
 from .snapshot import Snapshot
 from .stacks import Slot, Stack
 
@@ -183,7 +183,7 @@ class ManifoldStep:
             if slots[0].p.numel()
         }
 
-    @without_autocast
+    @full_precision
     def diagnostics(self) -> dict[str, float]:
         """Norms of the last step, computed when asked for."""
         pairs = [bucket.squared_norms() for bucket in self._buckets]
@@ -222,7 +222,7 @@ class ManifoldStep:
 
     # The step
 
-    @without_autocast
+    @full_precision
     def before(self) -> None:
         """Turn gradients into Riemannian ones, in workspaces that the optimizer then reads.
 
@@ -265,7 +265,7 @@ class ManifoldStep:
             self.undo()
             raise
 
-    @without_autocast
+    @full_precision
     def after(self) -> None:
         """Bring the parameters back to their manifolds, and their own gradients back to them.
 

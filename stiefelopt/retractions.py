@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, StepError, UnknownNameError
+from .full_precision import full_precision
 from .gram import (
     Reduce,
     Tall,
@@ -46,7 +47,7 @@ from .matfun import (
 )
 from .projections import svd_factor
 from .registry import Registry
-from .shapes import as_stacks, without_autocast
+from .shapes import as_stacks
 
 EXACT = math.inf
 FORMS = ("gram", "ambient", "normalizer")
@@ -79,7 +80,7 @@ class Retraction:
     equivariance: str = "both"
     variants: Mapping[str, Callable[..., object]] = field(default_factory=dict, hash=False, repr=False)
 
-    @without_autocast
+    @full_precision
     def __call__(self, x: Tensor, u: Tensor, *, metric: str | None = None) -> Tensor:
         """The point y = R(x, u).
 

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import ShapeError
+from .full_precision import full_precision
 
 HALF = (torch.float16, torch.bfloat16)
 REAL = (*HALF, torch.float32, torch.float64)
-_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
-    """Let a function compute in the precision of what it is given: autocast would round points off the manifold."""
-
-    @functools.wraps(f)
-    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
-        for device in _AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return exact(*args, **kwargs)
-        return f(*args, **kwargs)
-
-    return exact
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,7 +78,7 @@ def as_stacks(**tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype).reshape(-1, *x.shape[-2:]) for t in tensors.values()]
 
 
-@without_autocast
+@full_precision
 def on_stacks(f: Callable[..., Tensor], **tensors: Tensor) -> Tensor:
     """Apply a function of stacks (B, n, p) -> (B, n, p) to tensors of any batch shape and dtype."""
     x = next(iter(tensors.values()))

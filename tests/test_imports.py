@@ -17,7 +17,18 @@ ROOT = Path(stiefelopt.__file__).parent
 # From the bottom up. A room may import from its own floor and from those below; circles are refused everywhere.
 FLOORS = (
     ("errors",),
-    ("registry", "shapes", "gram", "coarse", "inverse_roots", "matfun", "core_svd", "distributed", "moments"),
+    (
+        "full_precision",
+        "registry",
+        "shapes",
+        "gram",
+        "coarse",
+        "inverse_roots",
+        "matfun",
+        "core_svd",
+        "distributed",
+        "moments",
+    ),
     (
         "metrics",
         "projections",

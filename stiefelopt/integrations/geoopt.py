@@ -15,11 +15,12 @@ from geoopt import manifolds as theirs
 from torch import Tensor
 
 from ..errors import ConfigError, NotOnManifoldError, ShapeError, StepError
+from ..full_precision import full_precision
 from ..gram import Reduce, Tall, subtract_points
 from ..manifolds.base import Carrier, Manifold, register
 from ..manifolds.carried import reads
 from ..retractions import OpenSum
-from ..shapes import REAL, check_pair, compute_dtype, without_autocast
+from ..shapes import REAL, check_pair, compute_dtype
 from .geoopt_manifolds import NotWritable, built, describe, repaired
 
 TRANSPORTS = ("none", "transp")
@@ -94,7 +95,7 @@ class Geoopt(Manifold):
         if not fits:
             raise ShapeError(f"{name} has shape {tuple(x.shape)}; {self._at(x)} says: {reason}.")
 
-    @without_autocast
+    @full_precision
     def check(self, x: Tensor) -> None:
         """Refuse what is not a point, by geoopt's own check.
 
@@ -116,14 +117,14 @@ class Geoopt(Manifold):
                 f"projx, or constrain(module, name, manifold) for a parameter."
             )
 
-    @without_autocast
+    @full_precision
     def residual(self, x: Tensor) -> Tensor:
         """max |x - projx(x)| of every point, (*b,)."""
         z, manifold = _lifted(x), self._at(x)
         off = (z - manifold.projx(z)).abs()
         return off.amax(_own_dims(manifold, z))
 
-    @without_autocast
+    @full_precision
     def project_point(self, z: Tensor) -> Tensor:
         """geoopt's ``projx``, the nearest point on most manifolds.
 
@@ -156,13 +157,13 @@ class Geoopt(Manifold):
 
     # Tangent vectors
 
-    @without_autocast
+    @full_precision
     def project_tangent(self, x: Tensor, z: Tensor) -> Tensor:
         """The projection of an ambient z to the tangent space at x."""
         x, z = _pair(x, z)
         return self._at(x).proju(x, z)
 
-    @without_autocast
+    @full_precision
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A tangent vector of unit norm."""
         source = x.device if generator is None else generator.device
@@ -173,13 +174,13 @@ class Geoopt(Manifold):
         norms = self.norm(z, u).reshape(*x.shape[: x.ndim - manifold.ndim], *[1] * manifold.ndim)
         return (u / norms).to(x.dtype)
 
-    @without_autocast
+    @full_precision
     def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
         """geoopt's ``egrad2rgrad``."""
         x, egrad = _pair(x, egrad)
         return self._at(x).egrad2rgrad(x, egrad.clone())  # Lorentz writes to it
 
-    @without_autocast
+    @full_precision
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """geoopt's inner product, (*b,)."""
         manifold = self._at(x)
@@ -193,19 +194,19 @@ class Geoopt(Manifold):
 
     # Motion
 
-    @without_autocast
+    @full_precision
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """y = retr(x, u) for a tangent u; where u is zero y is x bit for bit."""
         x, u = _pair(x, u)
         return _retracted(self._at(x), x, u)
 
-    @without_autocast
+    @full_precision
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """geoopt's ``expmap``, which for some manifolds is their retraction."""
         x, u = _pair(x, u)
         return self._at(x).expmap(x, u)
 
-    @without_autocast
+    @full_precision
     def transport_vector(self, x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """v, tangent at x, as a tangent vector at y = retract(x, u)."""
         return self._at(x).transp(x, y, v)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..full_precision import full_precision
 from .adapt import adapt, adapted_layers, check_state, ends_with, saved_modules
 from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
@@ -278,6 +279,7 @@ def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:
     return next(matching, config["lora_alpha"]) / (r**0.5 if config.get("use_rslora") else r)
 
 
+@full_precision
 def _factors(b: Tensor, a: Tensor, layer: LowRankLinear) -> dict[str, Tensor]:
     """U, S, V with scale U S V^T = b a, through two thin QRs and an r x r SVD."""
     qb, rb = torch.linalg.qr(b)

@@ -13,7 +13,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
-from ..shapes import HALF, without_autocast
+from ..full_precision import full_precision
+from ..shapes import HALF
 from .shared import SharedBase
 from .update import LowRankUpdate, factors_of_update, plus_product
 
@@ -221,14 +222,14 @@ class LowRankLinear(nn.Module):
         return None if pair is None else self.scale * (pair[0] @ pair[1].T)
 
     @torch.no_grad()
-    @without_autocast
+    @full_precision
     def delta_weight(self) -> Tensor:
         """The net change to the original base weight, (out, in), in the factors' dtype."""
         correction = self._correction()
         return self._product() if correction is None else self._product() - correction
 
     @torch.no_grad()
-    @without_autocast
+    @full_precision
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k) with B A = `delta_weight`: k = r, or 2 r where the start was corrected."""
         us, v = self._whole_factors()
@@ -239,7 +240,7 @@ class LowRankLinear(nn.Module):
         return a.contiguous(), b.contiguous()
 
     @torch.no_grad()
-    @without_autocast
+    @full_precision
     def merge(self) -> None:
         """Add the update to the base weight, computed in the factors' precision. Merged twice is merged once.
 
@@ -282,7 +283,7 @@ class LowRankLinear(nn.Module):
             )
 
     @torch.no_grad()
-    @without_autocast
+    @full_precision
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
         """Take scale u v^T out of the original base weight, in place of what was taken out before."""
         self.require_own_weight()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import rank_retractions
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
+from ..full_precision import full_precision
 from ..gram import (
     Reduce,
     Tall,
@@ -28,7 +29,7 @@ from ..gram import (
 from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
 from ..retractions import OpenSum
-from ..shapes import check_matrix, check_pair, compute_dtype, without_autocast
+from ..shapes import check_matrix, check_pair, compute_dtype
 from .base import Carrier, Manifold, carrier_from, register
 from .stiefel import Stiefel
 
@@ -94,7 +95,7 @@ class FixedRank(Manifold):
 
     # Points
 
-    @without_autocast
+    @full_precision
     def residual(self, x: USV) -> Tensor:
         """max of |U^T U - I| and |V^T V - I|, (*b,)."""
         x = _checked("x", x)
@@ -139,7 +140,7 @@ class FixedRank(Manifold):
                 f"exactly: start from a small multiple of an orthogonal S instead of zero, or use a smaller rank."
             )
 
-    @without_autocast
+    @full_precision
     def random_point(
         self,
         *shape: int,
@@ -157,7 +158,7 @@ class FixedRank(Manifold):
         values = torch.rand((*batch, rank), dtype=compute_dtype(u.dtype), device=source, generator=generator)
         return USV(u, torch.diag_embed(values + 0.5).to(u), v)
 
-    @without_autocast
+    @full_precision
     def project_point(self, z: Tensor, *, rank: int) -> USV:
         """The point nearest to a dense (*b, m, n) matrix: its truncated SVD.
 
@@ -177,7 +178,7 @@ class FixedRank(Manifold):
         self.check(USV(*(t.to(compute_dtype(z.dtype)) for t in x)))
         return USV(*(t.to(z.dtype).contiguous() for t in x))
 
-    @without_autocast
+    @full_precision
     def to_dense(self, x: USV) -> Tensor:
         """W = U S V^T, (*b, m, n)."""
         x = _checked("x", x)
@@ -191,13 +192,13 @@ class FixedRank(Manifold):
 
     # Tangent vectors
 
-    @without_autocast
+    @full_precision
     def project_tangent(self, x: USV, z: USV) -> USV:
         """(dU - U U^T dU, M, dV - V V^T dV): the orthogonal projection of coordinates (dU, M, dV)."""
         x, z = _checked("x", x, z=z)
         return _as_dtype(_tangent(_lifted(x), _lifted(z)), x.U.dtype)
 
-    @without_autocast
+    @full_precision
     def project_dense(self, x: USV, z: Tensor) -> USV:
         """The tangent vector nearest to a dense (*b, m, n) z: M = U^T z V, Up = z V - U M, Vp = z^T U - V M^T."""
         x = _checked("x", x)
@@ -214,7 +215,7 @@ class FixedRank(Manifold):
         inner = u.mT @ zv
         return _as_dtype(USV(zv - u @ inner, inner, ztu - v @ inner.mT), x.U.dtype)
 
-    @without_autocast
+    @full_precision
     def embed(self, x: USV, u: USV) -> Tensor:
         """The dense tangent matrix U M V^T + Up V^T + U Vp^T, (*b, m, n)."""
         x, u = _checked("x", x, u=u)
@@ -222,7 +223,7 @@ class FixedRank(Manifold):
         x, u = _lifted(x), _lifted(u)
         return ((x.U @ u.S + u.U) @ x.V.mT + x.U @ u.V.mT).to(dtype)
 
-    @without_autocast
+    @full_precision
     def random_tangent(self, x: USV, generator: torch.Generator | None = None) -> USV:
         """A tangent vector of unit norm."""
         x = _checked("x", x)
@@ -238,7 +239,7 @@ class FixedRank(Manifold):
         size = self.norm(lifted, u)[..., None, None]
         return _as_dtype(USV(*(t / size for t in u)), x.U.dtype)
 
-    @without_autocast
+    @full_precision
     def gradient(self, x: USV, egrad: USV) -> USV:
         """Riemannian gradient from the ordinary gradients of the three factors.
 
@@ -254,7 +255,7 @@ class FixedRank(Manifold):
         u = self._gradient(point, g, "factors", overlap)
         return _unflatten(x, u._replace(s=u.s.clone()))
 
-    @without_autocast
+    @full_precision
     def inner(self, x: USV, u: USV, v: USV) -> Tensor:
         """<u, v> = tr M^T M' + tr Up^T Up' + tr Vp^T Vp', the inner product of the dense matrices, (*b,)."""
         x, u, v = _checked("x", x, u=u, v=v)
@@ -268,7 +269,7 @@ class FixedRank(Manifold):
     # Motion
 
     @torch.no_grad()
-    @without_autocast
+    @full_precision
     def retract(self, x: USV, u: USV) -> USV:
         """The point R(x, u) for a tangent u; R(x, 0) is x bit for bit. Not differentiable.
 
@@ -282,7 +283,7 @@ class FixedRank(Manifold):
         """Refused: no closed geodesic of this metric is known; both retractions agree with it to second order."""
         raise ConfigError("no closed geodesic is known on FixedRank; use retract, which is of second order.")
 
-    @without_autocast
+    @full_precision
     def transport_vector(self, x: USV, u: USV, y: USV, v: USV) -> USV:
         """v, tangent at x, as a tangent vector at y = retract(x, u): the projection of the dense matrix."""
         x, u, y, v = _checked("x", x, u=u, y=y, v=v)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
+from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, keep_where, scale_displacements, subtract_points, zero_matrices
 from ..rank_pairs import (
     Frame,
@@ -27,7 +28,7 @@ from ..rank_pairs import (
     transported,
 )
 from ..retractions import OpenSum
-from ..shapes import check_matrix, check_pair, compute_dtype, without_autocast
+from ..shapes import check_matrix, check_pair, compute_dtype
 from .base import Carrier, Manifold, carrier_from, register
 from .fixed_rank import TRANSPORTS, FixedRank
 
@@ -123,7 +124,7 @@ class FixedRankPair(Manifold):
         """
         return _balanced(*FixedRank().project_point(z, rank=rank))
 
-    @without_autocast
+    @full_precision
     def to_dense(self, x: AB) -> Tensor:
         """W = B A, (*b, m, n)."""
         x = _checked("x", x)[0]
@@ -136,13 +137,13 @@ class FixedRankPair(Manifold):
 
     # Tangent vectors
 
-    @without_autocast
+    @full_precision
     def project_tangent(self, x: AB, z: AB) -> AB:
         """The orthogonal projection of coordinates (Y^T, X): Y - V V^T Y, and X."""
         x, z = _checked("x", x, z=z)
         return _unflatten(x, tangent(Frame(_flatten(x)), _flatten(z)))
 
-    @without_autocast
+    @full_precision
     def project_dense(self, x: AB, z: Tensor) -> AB:
         """The tangent vector nearest to a dense (*b, m, n) z: X = z V, Y = (I - V V^T) z^T U."""
         x = _checked("x", x)[0]
@@ -158,7 +159,7 @@ class FixedRankPair(Manifold):
         g = Pairs([dense.mT @ point.ls[0]], [dense @ point.rs[0]])
         return _unflatten(x, gradient(Frame(point), g))
 
-    @without_autocast
+    @full_precision
     def embed(self, x: AB, u: AB) -> Tensor:
         """The dense tangent matrix X V^T + U Y^T, (*b, m, n)."""
         x, u = _checked("x", x, u=u)
@@ -167,7 +168,7 @@ class FixedRankPair(Manifold):
         dense = v.ls[0] @ bases[0].mT + bases[1] @ v.rs[0].mT
         return dense.reshape(*x.B.shape[:-1], x.A.shape[-1]).to(x.A.dtype)
 
-    @without_autocast
+    @full_precision
     def random_tangent(self, x: AB, generator: torch.Generator | None = None) -> AB:
         """A tangent vector of unit norm."""
         x = _checked("x", x)[0]
@@ -178,7 +179,7 @@ class FixedRankPair(Manifold):
         size = self.norm(x, u)[..., None, None]
         return AB(*((t / size).to(x.A.dtype) for t in u))
 
-    @without_autocast
+    @full_precision
     def gradient(self, x: AB, egrad: AB) -> AB:
         """Riemannian gradient from the ordinary gradients of the two factors.
 
@@ -188,7 +189,7 @@ class FixedRankPair(Manifold):
         x, egrad = _checked("x", x, egrad=egrad)
         return _unflatten(x, gradient(Frame(_flatten(x)), _flatten(egrad)))
 
-    @without_autocast
+    @full_precision
     def inner(self, x: AB, u: AB, v: AB) -> Tensor:
         """<u, v> = tr X^T X' + tr Y^T Y', the inner product of the dense matrices, (*b,)."""
         x, u, v = _checked("x", x, u=u, v=v)
@@ -202,7 +203,7 @@ class FixedRankPair(Manifold):
     # Motion
 
     @torch.no_grad()
-    @without_autocast
+    @full_precision
     def retract(self, x: AB, u: AB) -> AB:
         """The pair of the matrix of rank r nearest to W + u (order 2), in which A A^T is what it was.
 
@@ -217,7 +218,7 @@ class FixedRankPair(Manifold):
             "no closed geodesic is known on FixedRankPair; use retract, which is of second order."
         )
 
-    @without_autocast
+    @full_precision
     def transport_vector(self, x: AB, u: AB, y: AB, v: AB) -> AB:
         """v, tangent at x, as a tangent vector at y = retract(x, u): the projection of the dense matrix."""
         x, u, y, v = _checked("x", x, u=u, y=y, v=v)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
+from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, identity_like, split, squared_norm, unmoved_matrices
 from ..matfun import inverse_symmetric_root
 from ..retractions import OpenSum, normalize
-from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance, without_autocast
+from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
 from .base import Carrier, Manifold
 
 
@@ -82,7 +83,7 @@ class Frames(Manifold):
 
     # Points
 
-    @without_autocast
+    @full_precision
     def residual(self, x: Tensor) -> Tensor:
         """max |x^T x - I| of every matrix, (*b,), in the compute dtype."""
         return self.stacked_residual(as_stacks(x=x)).reshape(x.shape[:-2])
@@ -144,7 +145,7 @@ class Frames(Manifold):
         """The orthogonal projection of an ambient z (*b, n, p): z - x sym(x^T z) on Stiefel."""
         return self._tangent(x, z)
 
-    @without_autocast
+    @full_precision
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A tangent vector of unit norm in the metric; zero where the manifold is a single point."""
         check_matrix("x", x)
@@ -176,7 +177,7 @@ class Frames(Manifold):
         """
         return on_stacks(lambda x, egrad: self._metric.gradient([x], [egrad])[0][0], x=x, egrad=egrad)
 
-    @without_autocast
+    @full_precision
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Inner product <u, v>_x of tangent vectors in the metric, (*b,)."""
         xs, us, vs = as_stacks(x=x, u=u, v=v)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import metrics, projections
 from ..errors import NotOnManifoldError, ShapeError
-from ..shapes import without_autocast
+from ..full_precision import full_precision
 from .base import register
 from .frames import Frames, as_shape
 from .one_metric import OneMetric
@@ -44,7 +44,7 @@ class SpecialOrthogonal(OneMetric, Frames):
     def _dim(self, n: int, p: int) -> int:
         return n * (n - 1) // 2
 
-    @without_autocast
+    @full_precision
     def check(self, x: Tensor) -> None:
         """Refuse what is no rotation.
 
@@ -64,7 +64,7 @@ class SpecialOrthogonal(OneMetric, Frames):
         _check_square(as_shape(shape))
         return _turned(super().random_point(*shape, **options))
 
-    @without_autocast
+    @full_precision
     def project_point(self, z: Tensor) -> Tensor:
         """The nearest rotation: U diag(1, ..., 1, det U V^T) V^T of the SVD z = U D V^T.
 
