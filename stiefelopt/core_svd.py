@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .gram import identity_like
-from .matfun import Eigen, host_can_look, inverse_sqrt_increment, symmetric_root
+from .matfun import Eigen, inverse_sqrt_increment, symmetric_root
+from .transforms import host_can_look
 
 # Sweeps after which what has not converged goes to LAPACK, at the price of about five.
 SWEEPS = 16

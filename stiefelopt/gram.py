@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .transforms import host_can_look
+
 Tall = Sequence[Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
@@ -151,7 +153,7 @@ def unmoved_matrices(
             if some e is that small.
         reduce: sums a batch over ranks.
     """
-    if e.device.type == "cpu" and e.numel():
+    if host_can_look(e) and e.numel():
         # Frobenius norms bound the largest entries from both sides, and cost a tenth of them.
         if bool(torch.linalg.matrix_norm(e).amin() > drift * e.shape[-1]):
             return None
@@ -163,7 +165,7 @@ def unmoved_matrices(
 def _mask_or_none(mask: Tensor, reduce: Reduce | None) -> Tensor | None:
     if reduce is not None:  # set where it is set on all ranks
         mask = reduce((~mask).to(torch.float32)) == 0
-    return mask if mask.device.type != "cpu" or bool(mask.any()) else None
+    return mask if not host_can_look(mask) or bool(mask.any()) else None
 
 
 def subtract_points(xs: Tall, ms: Tall) -> None:

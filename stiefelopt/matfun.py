@@ -15,17 +15,13 @@ from torch import Tensor
 
 from .gram import identity_like
 from .inverse_roots import inverse_sqrt, iterations_needed, newton_schulz, norm_bound
+from .transforms import host_can_look, is_differentiated
 
 # Iterations of the scaled coupled iteration that turn any condition number up to about 1e4 into full float32
 # accuracy; used where the host must not look at the data.
 BLIND_ITERATIONS = 16
 
 Eigen = tuple[Tensor, Tensor]  # eigenvalues, ascending, and eigenvectors
-
-
-def host_can_look(a: Tensor) -> bool:
-    """Whether reading a number back costs nothing (an accelerator would have to synchronize)."""
-    return a.device.type == "cpu"
 
 
 def distance_from_identity(g: Tensor) -> float | None:
@@ -84,7 +80,7 @@ def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
     ):  # as many iterations for every g: a length that g decides is compiled anew
         return _scaled_newton_schulz(g, BLIND_ITERATIONS if steps is None else steps)
     # Differentiated, the value must have converged in its derivatives too, which a polynomial's has not.
-    if steps is None and host_can_look(g) and g.numel() and not g.requires_grad:
+    if steps is None and host_can_look(g) and g.numel() and not is_differentiated(g):
         e = g.clone()
         e.diagonal(dim1=-2, dim2=-1).sub_(1)
         return inverse_sqrt(e)

@@ -11,7 +11,9 @@ from torch import Tensor
 from .errors import ConfigError, NotOnManifoldError
 from .gram import Reduce, Tall, combine, gram, sym
 from .registry import Registry
-from .shapes import check_matrix, compute_dtype, on_stacks
+from .shapes import check_matrix, on_stacks
+from .svd_factor import svd_factor
+from .transforms import under_transform
 
 
 @dataclass(frozen=True)
@@ -83,26 +85,8 @@ def polar_factor(z: Tensor) -> Tensor:
     Reference: Higham, Functions of Matrices (2008), theorem 8.4.
     """
     check_matrix("z", z)
-    if not bool(torch.isfinite(z).all()):
+    if not under_transform() and not bool(torch.isfinite(z).all()):
         raise NotOnManifoldError(
             "z holds NaN or Inf, and no orthonormal matrix is nearest to it; look where it was made."
         )
     return on_stacks(svd_factor, z=z)
-
-
-def svd_factor(z: Tensor) -> Tensor:
-    """U V^T of the thin SVD of a stack (B, n, p).
-
-    LAPACK's float32 divide and conquer sometimes fails on many nearly equal singular values, which is what
-    matrices near the manifold have; such a stack is done again in float64.
-    """
-    # A common scale changes no singular vector, and keeps 1e-30 and 1e30 inside the range of the squares.
-    scale = z.detach().abs().amax((-2, -1), keepdim=True) if z.numel() else torch.ones_like(z)
-    z = z / torch.where(scale > 0, scale, torch.ones_like(scale))
-    try:
-        u, _, vh = torch.linalg.svd(z, full_matrices=False)
-    except RuntimeError:  # torch.linalg.LinAlgError is one
-        if z.dtype == torch.float64:
-            raise
-        return svd_factor(z.double()).to(compute_dtype(z.dtype))
-    return u @ vh

@@ -25,7 +25,8 @@ from . import rank_retractions
 from .core_svd import truncated
 from .errors import StepError
 from .gram import Reduce, Tall, combine, gram, identity_like, products
-from .matfun import Eigen, host_can_look, inverse_symmetric_root, symmetric_root
+from .matfun import Eigen, inverse_symmetric_root, symmetric_root
+from .transforms import host_can_look
 
 # A singular value counts from this part of the largest on; of a Gram, the square of it.
 RANK_EPS = torch.finfo(torch.float32).eps

@@ -22,9 +22,10 @@ from . import core_svd
 from .core_svd import Coefficients
 from .errors import StepError
 from .gram import Reduce, Tall, gram, grams, identity_like, mix
-from .matfun import distance_from_identity, host_can_look, inverse_sqrt_increment, inverse_symmetric_root
+from .matfun import distance_from_identity, inverse_sqrt_increment, inverse_symmetric_root
 from .registry import Registry
 from .retractions import close, normalize, polar
+from .transforms import host_can_look
 
 # Condition number of S + M up to which `orthographic` is right to 1e-5 in float32.
 ORTHOGRAPHIC_LIMIT = 1e4

@@ -45,9 +45,10 @@ from .matfun import (
     rough_distance_from_identity,
     spectral_bound,
 )
-from .projections import svd_factor
 from .registry import Registry
 from .shapes import as_stacks
+from .svd_factor import svd_factor
+from .transforms import is_differentiated
 
 EXACT = math.inf
 FORMS = ("gram", "ambient", "normalizer")
@@ -141,7 +142,9 @@ class Retraction:
         if zero is None:
             return ys
         # The value of x with the derivatives of y: those of R at u = 0 are not zero.
-        fixed = [x.detach() + (y - y.detach()) if y.requires_grad else x for x, y in zip(xs, ys, strict=True)]
+        fixed = [
+            x.detach() + (y - y.detach()) if is_differentiated(y) else x for x, y in zip(xs, ys, strict=True)
+        ]
         return keep_where(zero, fixed, ys)
 
 

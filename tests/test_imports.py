@@ -19,6 +19,7 @@ FLOORS = (
     ("errors",),
     (
         "full_precision",
+        "transforms",
         "registry",
         "shapes",
         "gram",
@@ -28,6 +29,7 @@ FLOORS = (
         "core_svd",
         "distributed",
         "moments",
+        "svd_factor",
     ),
     (
         "metrics",

@@ -12,6 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import jacfwd, jacrev, jvp, vmap
 
 from stiefelopt import Stiefel, metrics, projections, retractions, testing, transports
 from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, StepError
@@ -225,10 +226,6 @@ def test_messages_name_what_was_given_and_the_way_out() -> None:
 # Derivatives
 
 
-def differentiable() -> list[Stiefel]:
-    return [m for m in MOVING if retractions.get(str(m.retraction)).form != "ambient"]
-
-
 def where(kind: str) -> tuple[Tensor, Tensor]:
     """A point and a tangent vector: generic, zero, or with Gram (1 + 0.04) I, all of whose eigenvalues agree."""
     case = Case((4, 2), scale=0.3, seed=3)
@@ -251,7 +248,7 @@ def turned(x: Tensor, a: Tensor) -> Tensor:
     return torch.linalg.solve(eye - 0.5 * b, x + 0.5 * b @ x)
 
 
-@pytest.mark.parametrize("m", differentiable(), ids=label)
+@pytest.mark.parametrize("m", MOVING, ids=label)
 @pytest.mark.parametrize("kind", ["generic", "zero", "repeated eigenvalues", "square"])
 def test_derivatives(m: Stiefel, kind: str) -> None:
     """First and second derivatives by point and vector, along the manifold: off it a retraction means nothing."""
@@ -262,16 +259,61 @@ def test_derivatives(m: Stiefel, kind: str) -> None:
         return m.retract(y, m.project_tangent(y, v))
 
     inputs = (torch.zeros_like(x).requires_grad_(), u.requires_grad_())
-    assert gradcheck(retract, inputs)
-    assert gradgradcheck(retract, inputs, fast_mode=True)
+    assert gradcheck(retract, inputs, check_forward_ad=True)
+    assert gradgradcheck(retract, inputs, fast_mode=True, check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("m", differentiable(), ids=label)
+@pytest.mark.parametrize("m", MOVING, ids=label)
 def test_derivatives_of_a_batch_with_a_zero_step(m: Stiefel) -> None:
     (x, u), (_, zero) = where("generic"), where("zero")
     x, u = torch.stack((x, x)), torch.stack((u, zero)).requires_grad_()
-    assert gradcheck(lambda v: m.retract(x, m.project_tangent(x, v)), (u,))
+    assert gradcheck(lambda v: m.retract(x, m.project_tangent(x, v)), (u,), check_forward_ad=True)
     assert torch.equal(m.retract(x, u)[1], x[1])
+
+
+@pytest.mark.parametrize("m", MOVING, ids=label)
+def test_torch_func(m: Stiefel) -> None:
+    """Under vmap nobody may look at a number, and a zero step is one all the same."""
+    (x, u), (_, zero) = where("generic"), where("zero")
+    x, us = torch.stack((x, x)), torch.stack((u, zero))
+    mapped = vmap(m.retract)(x, us)
+    torch.testing.assert_close(mapped, m.retract(x, us), rtol=0, atol=1e-14)
+    assert torch.equal(mapped[1], x[1])
+    jacobian = vmap(jacrev(m.retract, 1))(x, us)
+    torch.testing.assert_close(vmap(jacfwd(m.retract, 1))(x, us), jacobian, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.einsum("ijkl,kl->ij", jacobian[1], u), u, rtol=0, atol=1e-12)
+    torch.testing.assert_close(jvp(m.retract, (x, 0 * us), (0 * us, us))[1], us, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["project_tangent", "gradient", "exp", "norm", "project_point"])
+def test_torch_func_maps_the_other_methods(method: str) -> None:
+    m, (x, u) = Stiefel(), where("generic")
+    x, u = torch.stack((x, -x)), torch.stack((u, 0.5 * u))
+    f, inputs = getattr(m, method), (x + u,) if method == "project_point" else (x, u)
+    torch.testing.assert_close(vmap(f)(*inputs), f(*inputs), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["generic", "zero", "repeated eigenvalues", "square"])
+def test_derivatives_of_the_nearest_point(kind: str) -> None:
+    x, u = where(kind)
+    z = (x + u).requires_grad_()
+    assert gradcheck(Stiefel().project_point, (z,), check_forward_ad=True)
+    assert gradgradcheck(Stiefel().project_point, (z,), check_fwd_over_rev=True)
+
+
+def test_derivatives_of_the_nearest_point_of_any_matrix() -> None:
+    """Far from the manifold, at any scale, where the SVD's own derivative is right too."""
+    z = Case((2, 6, 3)).ambient().requires_grad_()
+    weights = Case((2, 6, 3), seed=1).ambient()
+
+    def plain(z: Tensor) -> Tensor:
+        u, _, vh = torch.linalg.svd(z, full_matrices=False)
+        return u @ vh
+
+    for scale in (1e-100, 1.0, 1e100):
+        ours = torch.autograd.grad((Stiefel().project_point(scale * z) * weights).sum(), z)[0]
+        theirs = torch.autograd.grad((plain(z) * weights).sum(), z)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("metric", metrics.names())

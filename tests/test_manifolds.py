@@ -10,6 +10,7 @@ import pymanopt.manifolds as pm
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import jvp, vmap
 
 from stiefelopt import (
     Grassmann,
@@ -193,6 +194,19 @@ def test_the_nearest_rotation() -> None:
     batch = torch.randn(50, 5, 5)
     SpecialOrthogonal().check(SpecialOrthogonal().project_point(batch))
     SpecialOrthogonal().check(SpecialOrthogonal().random_point(50, 3, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_func(kind: Any) -> None:
+    """vmap maps every method, and forward mode knows the retraction's derivative at zero: the identity."""
+    m: Any = kind()
+    x, z = (torch.randn(4, 3, 3, dtype=torch.float64) for _ in range(2))
+    x = m.project_point(x)
+    u = 0.1 * m.project_tangent(x, z)
+    for name in ("retract", "exp", "project_tangent", "gradient", "norm", "project_point"):
+        f, inputs = getattr(m, name), (z,) if name == "project_point" else (x, u)
+        torch.testing.assert_close(vmap(f)(*inputs), f(*inputs), rtol=0, atol=1e-14)
+    torch.testing.assert_close(jvp(lambda v: m.retract(x, v), (0 * u,), (u,))[1], u, rtol=0, atol=1e-14)
 
 
 # Unit vectors are Stiefel with p = 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import metrics, projections
 from ..errors import NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
+from ..transforms import under_transform
 from .base import register
 from .frames import Frames, as_shape
 from .one_metric import OneMetric
@@ -72,17 +73,18 @@ class SpecialOrthogonal(OneMetric, Frames):
         """
         y = super().project_point(z)
         _check_square(z.shape)
-        if not bool((torch.linalg.det(y.double()) < 0).any()):
+        reflected = torch.linalg.det(y.double()) < 0
+        if not under_transform() and not bool(reflected.any()):
             return y
         u, _, vh = torch.linalg.svd(z.double())
-        return _turned(u, vh).to(z.dtype)
+        return torch.where(reflected[..., None, None], _turned(u, vh).to(z.dtype), y)
 
 
 def _turned(u: Tensor, vh: Tensor | None = None) -> Tensor:
     """u vh, with the last column of u turned around where that is a reflection."""
     x = u if vh is None else u @ vh
-    signs = torch.ones(x.shape[:-1], dtype=u.dtype, device=u.device)
-    signs[..., -1] = torch.linalg.det(x.double()).sign()
+    sign = torch.linalg.det(x.double()).sign().to(u.dtype)[..., None]
+    signs = torch.cat((torch.ones_like(x[..., 0, 1:]), sign), -1)
     turned = u * signs[..., None, :]
     return turned if vh is None else turned @ vh
 
