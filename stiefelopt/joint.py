@@ -27,8 +27,13 @@ ELEMENTWISE = frozenset(
 )
 
 
-# Bytes of points that are stepped at a time: with gradient and moments they fit the cache.
+# Bytes of points that each thread steps at a time: with gradient, moments and a temporary they fit a core's cache.
 PIECE_BYTES = 2**18
+
+
+def _most_at_once(like: Tensor) -> int:
+    """How many parameters make a piece."""
+    return PIECE_BYTES * torch.get_num_threads() // (like.numel() * like.element_size())
 
 
 def steps_elementwise(optimizer: Optimizer) -> bool:
@@ -48,7 +53,7 @@ def steps_elementwise(optimizer: Optimizer) -> bool:
 
 def saves_calls(params: Sequence[Tensor]) -> bool:
     """Whether several of these fit into a piece; where none do, gathering the points anew would cost for nothing."""
-    return len(params) > 1 and 2 * params[0].numel() * params[0].element_size() <= PIECE_BYTES
+    return len(params) > 1 and _most_at_once(params[0]) >= 2
 
 
 class Joint:
@@ -64,7 +69,7 @@ class Joint:
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], whole: Tensor, grad: Tensor) -> None:
         self.params = params
         self._optimizer, self._whole = optimizer, whole.detach()
-        most = max(1, PIECE_BYTES // (params[0].numel() * whole.element_size()))
+        most = max(1, _most_at_once(whole[0]))
         self._pieces = [slice(i, min(i + most, len(params))) for i in range(0, len(params), most)]
         self.wholes = [self._whole[piece] for piece in self._pieces]
         self._grads = [grad[piece] for piece in self._pieces]
