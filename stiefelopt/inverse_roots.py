@@ -128,7 +128,10 @@ def _shift(e: Tensor, square: Tensor, c: Tensor) -> None:
 
 
 def _evaluate(a: Sequence[float], f: Tensor, square: Tensor) -> Tensor:
-    """a_1 f + a_2 f^2 + ... by Paterson-Stockmeyer: blocks of about d^(1/2) powers, and Horner's scheme over these."""
+    """a_1 f + a_2 f^2 + ... by Paterson-Stockmeyer: blocks of about d^(1/2) powers, and Horner's scheme over these.
+
+    Overwrites f, once it is needed no more.
+    """
     block = max(2, math.ceil(len(a) ** 0.5))
     powers = [f, square]
     while len(powers) < block:
@@ -137,7 +140,7 @@ def _evaluate(a: Sequence[float], f: Tensor, square: Tensor) -> Tensor:
     for start in reversed(range(0, len(a), block)):
         terms = zip(powers, a[start : start + block], strict=False)
         power, factor = next(terms)
-        part = power * factor
+        part = power * factor if start else power.mul_(factor)
         for power, factor in terms:
             part.add_(power, alpha=factor)
         if total is not None:

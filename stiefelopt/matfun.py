@@ -56,7 +56,7 @@ def spectral_bound(a: Tensor) -> Tensor:
     return norm_bound(a @ a).sqrt()
 
 
-def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
+def inverse_sqrt_increment(g: Tensor, steps: int | None = None, *, overwrite: bool = False) -> Tensor:
     r"""g^(-1/2) - I of symmetric positive definite matrices, by matrix products alone.
 
     A polynomial where the host may look at the spectrum; else, and where derivatives are asked for, the coupled
@@ -67,6 +67,7 @@ def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
             x + u has for a tangent u.
         steps: exactly so many scaled iterations. Default: as many as the distance of g from I asks for on the
             CPU, 16 elsewhere.
+        overwrite: whether g may be, where it is not differentiated.
 
     Returns:
         (*b, p, p). The increment is kept apart from I so that a g near I loses nothing to rounding.
@@ -81,7 +82,7 @@ def inverse_sqrt_increment(g: Tensor, steps: int | None = None) -> Tensor:
         return _scaled_newton_schulz(g, BLIND_ITERATIONS if steps is None else steps)
     # Differentiated, the value must have converged in its derivatives too, which a polynomial's has not.
     if steps is None and host_can_look(g) and g.numel() and not is_differentiated(g):
-        e = g.clone()
+        e = g if overwrite else g.clone()
         e.diagonal(dim1=-2, dim2=-1).sub_(1)
         return inverse_sqrt(e)
     return _scaled_newton_schulz(g, steps)

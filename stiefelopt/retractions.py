@@ -254,7 +254,8 @@ def register(
         name: the word that ``Stiefel(retraction=...)`` will accept.
         form: "gram": ``f(w, q) -> (a, b)``, p x p, y = x a + u b, with w = x^T u and q = u^T u for orthonormal x;
             drift correction and the zero step are the library's. "ambient": ``f(x, u) -> y`` on stacks
-            (B, n, p). "normalizer": ``f(g) -> t - I``, y = (x + u) t, with g = (x + u)^T (x + u).
+            (B, n, p). "normalizer": ``f(g) -> t - I``, y = (x + u) t, with g = (x + u)^T (x + u), which it may
+            overwrite.
         order: declared order for each metric, for example {"canonical": 1, "euclidean": 2}; default 1.
         radius: largest ||u||_2 it accepts.
         equivariance: "both" or "left".
@@ -276,7 +277,7 @@ def register(
 @register("polar", form="normalizer", order={"euclidean": 2, "canonical": 1})
 def polar(g: Tensor) -> Tensor:
     """y = z (z^T z)^(-1/2), z = x + u: the nearest point (Absil & Malick 2012)."""
-    return inverse_sqrt_increment(g)
+    return inverse_sqrt_increment(g, overwrite=True)
 
 
 @register("qr", form="normalizer", order={"euclidean": 1, "canonical": 1}, equivariance="left")
