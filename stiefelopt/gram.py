@@ -29,21 +29,27 @@ def sym(a: Tensor) -> Tensor:
     return (a + a.mT).mul_(0.5)  # in place: fresh memory costs more than the pass
 
 
-def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None) -> Tensor:
+def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None, *, out: Tensor | None = None) -> Tensor:
     """All products x^T y as one batch.
 
     Args:
         xs: stacks (b, n, p).
         ys: stacks of the same shapes.
         reduce: sums the batch over the ranks that hold rows; None when every row is here.
+        out: (B, p, p) to write to. Fresh memory costs as much as a pass or two.
 
     Returns:
         (B, p, p).
 
     Cost: 2 n p^2 flops per matrix, one pass over memory.
     """
-    parts = [torch.bmm(x.mT, y) for x, y in zip(xs, ys, strict=True)]
-    small = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if out is None:
+        parts = [torch.bmm(x.mT, y) for x, y in zip(xs, ys, strict=True)]
+        small = parts[0] if len(parts) == 1 else torch.cat(parts)
+    else:
+        small = out
+        for x, y, piece in zip(xs, ys, split(out, xs), strict=True):
+            torch.bmm(x.mT, y, out=piece)
     return small if reduce is None else reduce(small)
 
 

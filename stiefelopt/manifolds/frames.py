@@ -238,7 +238,7 @@ class Frames(Manifold):
         Args:
             xs: stacks (b, n, p), the points.
             ms: the moved points; overwritten.
-            e: their overlap.
+            e: their overlap; overwritten.
             scales: factor of the displacement, for each stack.
             drift: the largest |x^T x - I| there may be.
             reduce: sums a batch over ranks.
@@ -246,7 +246,8 @@ class Frames(Manifold):
         unmoved = unmoved_matrices(xs, ms, e, drift, reduce)
         projection, retraction = self._projection, self.retraction_part
         if unmoved is None and projection is self._tangent and retraction.form == "normalizer":
-            return normalize(_projected(xs, ms, projection.function(e), scales), retraction, reduce)
+            zs = _projected(xs, ms, projection.function(e), scales)
+            return normalize(zs, retraction, reduce, scratch=e)
         ds = _scaled_displacements(xs, ms, scales, out=ms)
         if projection is not None:
             ds = projection.apply(xs, ds, reduce=reduce, out=ds)
