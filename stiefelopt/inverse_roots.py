@@ -1,4 +1,4 @@
-r"""(I + e)^(-1/2) of symmetric e whose spectrum has been bounded: by polynomials, or by Newton-Schulz iterations.
+r"""(I + e)^(-1/2) of symmetric e whose spectrum has been bounded: by polynomials, iterations or eigenvalues.
 
 With the eigenvalues of f in [-b, b], b < 1, the Chebyshev expansion of (1 + f)^(-1/2) converges like
 ((1 + (1 - b^2)^(1/2)) / b)^(-d), and a polynomial of degree d takes about 2 d^(1/2) products of matrices: half of
@@ -25,6 +25,9 @@ HIGHEST = 25
 NARROW = 4
 # The sum of the terms' sizes, 0.9 at most in exact arithmetic, that is let to magnify rounding errors.
 STABLE = 4.0
+# The width from which on LAPACK's eigendecomposition, 7 to 20 products there, is no dearer than the iterations, 18
+# and more, that a spectrum too wide for a polynomial takes.
+LAPACK = 512
 # Bounds are rounded up to powers of 2^(1/8), so that few polynomials are ever computed.
 GRID = 8
 # Frobenius error, in units of eps, that products in bfloat16 may bring. Rounding a point with 512 columns or more to
@@ -40,8 +43,8 @@ def inverse_sqrt(e: Tensor) -> Tensor:
             must be negative; if one is, above -1, the result is smaller there than it should be.
 
     Cost: none up to ||e||_F = 3e-4, then one product of p x p up to ||e||_2 = 0.005, two to 0.05; beyond, four where
-        the eigenvalues lie within 0.3 of each other's middle, eight within 0.75, and 3 (steps - 1) for a wider
-        spectrum (float32). Two to four looks at the data.
+        the eigenvalues lie within 0.3 of each other's middle, eight within 0.75; for a wider spectrum 3 (steps - 1), or,
+        from 512 columns on, an eigendecomposition (float32). Two to four looks at the data.
     Reference: Paterson & Stockmeyer (1973) for the evaluation; Higham, Functions of Matrices (2008), section 4.2.
     """
     eps = torch.finfo(e.dtype).eps
@@ -56,10 +59,12 @@ def inverse_sqrt(e: Tensor) -> Tensor:
         return _evaluate(found, e, square)
     centre, bound = _centred(e, square)
     found = coefficients(bound, eps)
-    if found is None:
-        increment = newton_schulz(e, iterations_needed(bound, e.dtype))
-    else:
+    if found is not None:
         increment = _evaluate(found, e, square)
+    elif e.shape[-1] >= LAPACK and bound < math.inf:
+        increment = _by_eigenvalues(e)
+    else:
+        increment = newton_schulz(e, iterations_needed(bound, e.dtype))
     # (1 + c)^(-1/2) (I + increment) - I
     root = torch.expm1(-0.5 * torch.log1p(centre))
     increment.mul_(1 + root[..., None, None]).diagonal(dim1=-2, dim2=-1).add_(root[..., None])
@@ -85,6 +90,13 @@ def newton_schulz(e: Tensor, steps: int) -> Tensor:
         t = torch.baddbmm(torch.sub(0.5 * eye, y, alpha=0.5), z, y, alpha=-0.5)
         z = torch.baddbmm(z + t, t, z)
     return z.reshape(shape)
+
+
+def _by_eigenvalues(e: Tensor) -> Tensor:
+    """(I + e)^(-1/2) - I of symmetric e with eigenvalues above -1; nearer to it than eps they count as eps away."""
+    values, vectors = torch.linalg.eigh(e)
+    values.clamp_min_(torch.finfo(e.dtype).eps - 1)
+    return (vectors * torch.expm1(-0.5 * torch.log1p(values))[..., None, :]) @ vectors.mT
 
 
 def iterations_needed(e: float, dtype: torch.dtype) -> int:

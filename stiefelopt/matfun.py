@@ -2,8 +2,8 @@
 
 No LAPACK eigensolver on the default step: polynomials and Newton-Schulz iterations are matrix products, run at GEMM
 speed on every device, and the latter stay differentiable at repeated eigenvalues, where the derivative of an
-eigendecomposition is not. Only what may be singular goes by its eigenvalues: roots of the Grams of tangent vectors
-(fixed rank, spectral directions).
+eigendecomposition is not. By eigenvalues go what may be singular, roots of the Grams of tangent vectors (fixed rank,
+spectral directions), and wide matrices after very long steps, see `inverse_roots`.
 """
 
 from __future__ import annotations
