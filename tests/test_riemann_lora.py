@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -698,3 +699,29 @@ def test_a_zero_s_is_no_point() -> None:
     nn.init.zeros_(layer.S)
     with pytest.raises(NotOnManifoldError, match="S is singular"):
         RiemannianWrapper(AdamW(param_groups(layer)))
+
+
+# torch.func
+
+
+def test_torch_func_maps_and_differentiates_by_the_input_what_is_not_trained() -> None:
+    layer = RiemannLoRALinear(nn.Linear(6, 5), r=2, correction="keep")
+    x = torch.randn(7, 6)
+    with torch.no_grad():
+        layer.S.mul_(50)
+        torch.testing.assert_close(vmap(layer)(x), layer(x))
+    layer.requires_grad_(False)
+    expected = (layer.weight + layer.delta_weight()).expand(7, -1, -1)
+    torch.testing.assert_close(vmap(jacrev(layer))(x), expected)
+    torch.testing.assert_close(vmap(jacfwd(layer))(x), expected)
+
+
+def test_torch_func_is_refused_where_it_would_miss_the_projected_gradients() -> None:
+    layer = RiemannLoRALinear(nn.Linear(6, 5), r=2)
+    params: dict[str, Tensor] = dict(layer.named_parameters())
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(layer, params, (x,)).sum()
+
+    with pytest.raises(ConfigError, match=r"no_grad.*StelLALinear"):
+        vmap(grad(loss), in_dims=(None, 0))(params, torch.randn(7, 6))

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
+from ..transforms import under_transform
 from .low_rank import LowRankLinear, linear_sizes
 from .shared import SharedBase
 from .update import LowRankUpdate
@@ -145,8 +146,14 @@ class RiemannLoRALinear(LowRankLinear):
             )
 
     def _plus_update(self, y: Tensor, h: Tensor) -> Tensor:
-        # What is traced is not trained, and a function of Python cannot be saved.
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        transformed = under_transform()
+        if transformed and torch.is_grad_enabled() and any(t.requires_grad for t in (self.U, self.S, self.V)):
+            raise ConfigError(
+                "RiemannLoRALinear's gradients G V, U^T G V, G^T U are no derivatives, and torch.func knows no others: "
+                "call it under torch.no_grad(), freeze U, S and V, or use StelLALinear."
+            )
+        # What is traced is not trained, and a function of Python can be neither saved nor transformed.
+        if transformed or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return super()._plus_update(y, h)
         dtype = h.dtype
         # Autocast leaves float64 alone.
