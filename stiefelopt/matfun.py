@@ -76,9 +76,8 @@ def inverse_sqrt_increment(g: Tensor, steps: int | None = None, *, overwrite: bo
     Accuracy: a few eps times the condition number of g.
     Reference: Higham, Functions of Matrices (2008), section 6.3 and eq. 6.35.
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # as many iterations for every g: a length that g decides is compiled anew
+    # As many iterations for every g: a length that g decides is compiled anew.
+    if torch.compiler.is_compiling():
         return _scaled_newton_schulz(g, BLIND_ITERATIONS if steps is None else steps)
     # Differentiated, the value must have converged in its derivatives too, which a polynomial's has not.
     if steps is None and host_can_look(g) and g.numel() and not is_differentiated(g):

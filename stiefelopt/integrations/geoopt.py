@@ -21,6 +21,7 @@ from ..manifolds.base import Carrier, Manifold, register
 from ..manifolds.carried import reads
 from ..retractions import OpenSum
 from ..shapes import REAL, check_pair, compute_dtype
+from ..transforms import host_can_look
 from .geoopt_manifolds import NotWritable, built, describe, repaired
 
 TRANSPORTS = ("none", "transp")
@@ -243,7 +244,7 @@ class Geoopt(Manifold):
     def _moved(self, x: Tensor, d: Tensor) -> Tensor:
         manifold = self._at(x)
         y = _retracted(manifold, x, manifold.proju(x, d), still=d)
-        if y.device.type == "cpu" and not bool(torch.isfinite(y).all()):
+        if host_can_look(y) and not bool(torch.isfinite(y).all()):
             raise StepError(f"{manifold} cannot retract so long a step; lower the learning rate or clip")
         return y
 

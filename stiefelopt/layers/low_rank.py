@@ -15,6 +15,7 @@ from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
 from ..full_precision import full_precision
 from ..shapes import HALF
+from ..transforms import under_transform
 from .shared import SharedBase
 from .update import LowRankUpdate, factors_of_update, plus_product
 
@@ -170,7 +171,7 @@ class LowRankLinear(nn.Module):
             and not (base._backward_pre_hooks or _has_any_global_hook())
             and not torch.is_autocast_enabled(x.device.type)
             and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
-            and not torch._C._are_functorch_transforms_active()
+            and not under_transform()
             and forward_ad._current_level < 0
         )
 
