@@ -12,6 +12,7 @@ from benchmarks.step_workloads import Problem, Workload, residual
 from stiefelopt import RiemannianWrapper, Stiefel, retractions
 
 OURS = "stiefelopt, polar"
+NEAREST = "stiefelopt, polar, projection none"
 BARE = "AdamW"
 POGO = "POGO, stacked"
 
@@ -27,12 +28,12 @@ def bare(*, foreach: bool | None = None, fused: bool | None = None) -> Builder:
     return build
 
 
-def ours(retraction: str) -> Builder:
+def ours(retraction: str, **options: str) -> Builder:
     """RiemannianWrapper over AdamW."""
 
     def build(problem: Problem, lr: float) -> Entry:
         points = problem.parameters()
-        group = {"params": points, "manifold": Stiefel(retraction=retraction), "weight_decay": 0.0}
+        group = {"params": points, "manifold": Stiefel(retraction=retraction, **options), "weight_decay": 0.0}
         group |= {"view": "batch"} if problem.stacked else {}
         return enter(RiemannianWrapper(AdamW([group], lr=lr)), points, problem.gradients)
 
@@ -97,6 +98,7 @@ def builders() -> dict[str, Builder]:
         "AdamW, foreach": bare(foreach=True),
         "AdamW, fused": bare(fused=True),
         **{f"stiefelopt, {name}": ours(name) for name in names},
+        NEAREST: ours("polar", projection="none"),
         "StelLA's scheme": stella(),
         "StelLA's scheme, one by one": stella(batched=False),
         "geoopt": geoopt("RiemannianAdam"),

@@ -19,6 +19,7 @@ from .errors import StepError
 from .gram import split, squared_norm
 from .manifolds.base import Carry
 from .placement import sharding_of
+from .scratch import Scratch
 from .stacks import Point, Slot, Stack, is_flipped
 
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
@@ -33,8 +34,9 @@ class Bucket:
     Where several parameters make a point, its stacks follow one another: U, S, V of one height, then of the next.
     """
 
-    def __init__(self, stacks: list[Stack], over: RowSum | None = None) -> None:
+    def __init__(self, stacks: list[Stack], over: RowSum | None, scratch: Scratch) -> None:
         self.stacks = stacks
+        self._scratch = scratch
         self._over = over
         # How the manifold sums over ranks; nothing said where every row is here.
         self._sharded: dict[str, RowSum] = {} if over is None else {"reduce": over}
@@ -66,7 +68,21 @@ class Bucket:
     def _make_riemannian(self, gs: Sequence[Tensor]) -> Tensor:
         """Overwrite gradients by Riemannian ones; returns small matrices in which NaN and Inf show."""
         manifold: Any = self.manifold
-        return manifold.stacked_gradient(self.xs, gs, arriving=self._placement.gradient, **self._sharded)
+        arriving = self._placement.gradient
+        return manifold.stacked_gradient(self.xs, gs, arriving=arriving, **self._small(), **self._sharded)
+
+    def _overlap(self) -> Tensor:
+        """What the manifold sees of the moved points before it moves them."""
+        manifold: Any = self.manifold
+        return manifold.stacked_overlap(self.xs, self.work, **self._small(), **self._sharded)
+
+    def _small(self) -> dict[str, Tensor]:
+        """Memory for the small matrices; nothing where the manifold takes none, or the device keeps its own."""
+        x = self.xs[0]
+        if not self.manifold.takes_small or x.device.type != "cpu":
+            return {}
+        width = x.shape[-1]
+        return {"small": self._scratch.take((sum(len(x) for x in self.xs), width, width), x)}
 
     def _non_finite(self, small: Tensor) -> list[Slot]:
         # The norm first: one pass without a copy. It overflows before the entries do, and NaN and Inf stay in it.
@@ -98,7 +114,7 @@ class Bucket:
         manifold: Any = self.manifold
         for stack in self.stacks:
             stack.load_moved()
-        overlap = manifold.stacked_overlap(self.xs, self.work, **self._sharded)
+        overlap = self._overlap()
         bad = self._non_finite(overlap)
         if bad:
             if not skip_bad:
@@ -106,7 +122,7 @@ class Bucket:
             for stack in self.stacks:
                 stack.load_moved()
                 stack.reset_moved([i for i, slot in enumerate(stack.slots) if slot in bad])
-            overlap = manifold.stacked_overlap(self.xs, self.work, **self._sharded)
+            overlap = self._overlap()
         if self._placement.needs_rate:
             overlap = self._directed(overlap)
         scales = [s.scale for s in self.stacks]
@@ -170,7 +186,9 @@ class Bucket:
                     self.stacks[i].scatter_tall(m.tall, m.tensors)
 
 
-def make_buckets(points: Sequence[Point], optimizer: Optimizer, *, join: bool = False) -> list[Bucket]:
+def make_buckets(
+    points: Sequence[Point], optimizer: Optimizer, scratch: Scratch, *, join: bool = False
+) -> list[Bucket]:
     """Sort points into buckets and their stacks, keeping the order of parameters within each; join as in `Stack`."""
     families: dict[tuple[Any, ...], dict[object, list[Point]]] = {}
     for point in points:
@@ -185,7 +203,7 @@ def make_buckets(points: Sequence[Point], optimizer: Optimizer, *, join: bool = 
         rate = point[0].group if placement.needs_rate else None
         family.setdefault((placement, rate, height), []).append(point)
     return [
-        Bucket([stack for chunk in chunks for stack in _stacks(chunk, optimizer, join)], over)
+        Bucket([stack for chunk in chunks for stack in _stacks(chunk, optimizer, join)], over, scratch)
         for (over, *_, device), heights in families.items()
         for chunks in _fill(heights.values(), device, 1 if over is None else over.ranks)
     ]

@@ -6,6 +6,7 @@ correction of second order: its relative error of 2^-8 stays below float32's rou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -60,11 +61,19 @@ def square(a: Tensor, size: float, allowed: float) -> Tensor:
     if pays(a) and UNIT * size * size <= allowed * a.shape[-1] ** 0.5:
         half = a.bfloat16()
         rough = (half @ half).float()
-        probes = _probes(a)
-        seen = torch.linalg.matrix_norm(rough @ probes - a @ (a @ probes)) / PROBES**0.5
-        if bool(seen.amax() <= allowed):
+        if seen_norm(lambda v: rough @ v - a @ (a @ v), a) <= allowed:
             return rough
     return a @ a
+
+
+def seen_norm(operator: Callable[[Tensor], Tensor], a: Tensor) -> float:
+    """The largest Frobenius norm of linear operators E on vectors like a's columns, from the mean of ||E v||^2.
+
+    Args:
+        operator: (p, 8) -> (*b, p, 8).
+        a: (*b, p, p).
+    """
+    return (torch.linalg.matrix_norm(operator(_probes(a))).amax() / PROBES**0.5).item()
 
 
 def _probes(a: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ GRID = 8
 # Frobenius error, in units of eps, that products in bfloat16 may bring. Rounding a point with 512 columns or more to
 # float32 brings as much: ||x||_F is p^(1/2).
 COARSE = 4.0
+# (1 + t)^(-1/2) - 1 up to the square.
+TAYLOR = (-1 / 2, 3 / 8)
 
 
 def inverse_sqrt(e: Tensor) -> Tensor:
@@ -56,6 +58,8 @@ def inverse_sqrt(e: Tensor) -> Tensor:
     square = coarse.square(e, size, 8 / 3 * COARSE * eps)
     found = coefficients(torch.linalg.matrix_norm(square).amax().item() ** 0.5, eps)
     if found is not None and len(found) <= NARROW:
+        if len(found) > len(TAYLOR) and _cube_is_lost(e, square):
+            found = TAYLOR
         return _evaluate(found, e, square)
     centre, bound = _centred(e, square)
     found = coefficients(bound, eps)
@@ -69,6 +73,17 @@ def inverse_sqrt(e: Tensor) -> Tensor:
     root = torch.expm1(-0.5 * torch.log1p(centre))
     increment.mul_(1 + root[..., None, None]).diagonal(dim1=-2, dim2=-1).add_(root[..., None])
     return increment
+
+
+def _cube_is_lost(e: Tensor, square: Tensor) -> bool:
+    """Whether the next term, 5/16 e^3, is less than half of what rounding a point brings, 0.3 eps p^(1/2), Frobenius.
+
+    Asked where e is so wide that the product would cost more than the question.
+    """
+    p = e.shape[-1]
+    if p < coarse.NARROWEST:
+        return False
+    return 5 / 16 * coarse.seen_norm(lambda v: e @ (square @ v), e) <= p**0.5 / 8 * torch.finfo(e.dtype).eps
 
 
 def newton_schulz(e: Tensor, steps: int) -> Tensor:

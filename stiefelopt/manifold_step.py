@@ -18,6 +18,7 @@ from .full_precision import full_precision
 from .joint import JointStep
 from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
+from .scratch import Scratch
 from .snapshot import Snapshot
 from .stacks import Slot, Stack
 
@@ -95,6 +96,7 @@ class ManifoldStep:
         self._join = join and nonfinite != "skip"
         self._joint_step = JointStep(optimizer, [])
         self._buckets: list[Bucket] = []
+        self._scratch = Scratch()
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
         self._signature: list[tuple[Settings, list[Tensor]]] | None = None
@@ -202,7 +204,7 @@ class ManifoldStep:
             self._joint_step.dissolve()
             for stack in self._stacks():
                 stack.release_moments()
-            self._buckets = make_buckets(whole, self.optimizer, join=self._join)
+            self._buckets = make_buckets(whole, self.optimizer, self._scratch, join=self._join)
             self._joint_step = JointStep(self.optimizer, [j for s in self._stacks() for j in s.joints])
             # A point moves as a whole or not at all.
             self._unpaired = [s.p for point in points if not _has_gradients(point) for s in point]

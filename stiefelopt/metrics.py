@@ -29,10 +29,24 @@ class Metric:
     product: InnerProduct
 
     def gradient(
-        self, xs: Tall, gs: Tall, reduce: Reduce | None = None, out: Tall | None = None
+        self,
+        xs: Tall,
+        gs: Tall,
+        reduce: Reduce | None = None,
+        *,
+        out: Tall | None = None,
+        small: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """Riemannian gradients of stacks, and the Gram k = x^T g, in which any non-finite entry of g shows."""
-        k = gram(xs, gs, reduce)
+        """Riemannian gradients of stacks, and the Gram k = x^T g, in which any non-finite entry of g shows.
+
+        Args:
+            xs: stacks (b, n, p), the points.
+            gs: stacks of gradients.
+            reduce: sums a batch over ranks.
+            out: stacks to write the gradients to.
+            small: (B, p, p) to write k to.
+        """
+        k = gram(xs, gs, reduce, out=small)
         return combine(gs, xs, self.normal(k), alpha=-1.0, out=out), k
 
     def inner(self, xs: Tall, us: Tall, vs: Tall, reduce: Reduce | None = None) -> Tensor:

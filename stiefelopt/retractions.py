@@ -190,7 +190,7 @@ def _check_radius(r: Retraction, far: float | None) -> None:
 
 
 def normalize(
-    zs: Tall, r: Retraction, reduce: Reduce | None = None, *, scratch: Tensor | None = None
+    zs: Tall, r: Retraction, reduce: Reduce | None = None, *, g: Tensor | None = None
 ) -> list[OpenSum]:
     """y = z t, t^T z^T z t = I by a normalizer; again while z was too far from orthonormal for one pass.
 
@@ -198,7 +198,7 @@ def normalize(
         zs: stacks (b, n, p) of full column rank.
         r: a retraction of the normalizer form.
         reduce: sums a batch over ranks.
-        scratch: (B, p, p), overwritten.
+        g: z^T z where it is at hand already; overwritten.
 
     Returns:
         z and z (t - I), whose sum is y, for every stack.
@@ -210,7 +210,8 @@ def normalize(
     dtype = zs[0].dtype
     measure = rough_distance_from_identity if r.radius == math.inf else distance_from_identity
     for turn in range(PASSES):
-        g = gram(zs, zs, reduce, out=scratch if zs[0].dtype == dtype else None)
+        if turn > 0 or g is None:
+            g = gram(zs, zs, reduce)
         far = measure(g)
         if turn == 0:
             _check_radius(r, far)

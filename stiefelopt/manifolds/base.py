@@ -70,6 +70,8 @@ class Manifold:
         recognized: whether a point can be told from what an inner optimizer's step makes of it, one parameter at a
             time.
         small_parts: which of them are p x p, and whole on every rank when the others are sharded.
+        takes_small: whether ``stacked_gradient`` and ``stacked_overlap`` take ``small``, memory (B, p, p) for what they
+            return.
     """
 
     parts: ClassVar[int] = 1
@@ -82,6 +84,7 @@ class Manifold:
     wide: ClassVar[bool] = False
     recognized: ClassVar[bool] = True
     small_parts: ClassVar[tuple[int, ...]] = ()
+    takes_small: ClassVar[bool] = False
 
     @staticmethod
     def fits(shape: tuple[int, ...]) -> tuple[int, ...]:

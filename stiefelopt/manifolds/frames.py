@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Frames(Manifold):
 
     Everything here is small algebra between `gram` and `combine`, whatever the subclass picks.
     """
+
+    takes_small: ClassVar[bool] = True
 
     # What a subclass says
 
@@ -212,14 +214,30 @@ class Frames(Manifold):
     # The beats of the optimizer's step, on stacks of several heights at once
 
     def stacked_gradient(
-        self, xs: Tall, gs: Tall, *, arriving: str = "factors", reduce: Reduce | None = None
+        self,
+        xs: Tall,
+        gs: Tall,
+        *,
+        arriving: str = "factors",
+        reduce: Reduce | None = None,
+        small: Tensor | None = None,
     ) -> Tensor:
         """Overwrite the stacks gs by Riemannian gradients; returns x^T g, in which every non-finite entry shows."""
-        return self._metric.gradient(xs, gs, reduce, out=gs)[1]
+        return self._metric.gradient(xs, gs, reduce, out=gs, small=small)[1]
 
-    def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
-        """x^T m - I, (B, p, p), for moved points m: x^T d of the displacement, where a non-finite one shows."""
-        w = gram(xs, ms, reduce)
+    @property
+    def _normalizes_moved(self) -> bool:
+        """Whether new points are made from moved ones as they are, and nothing else."""
+        return self._projection is None and self.retraction_part.form == "normalizer"
+
+    def stacked_overlap(
+        self, xs: Tall, ms: Tall, reduce: Reduce | None = None, small: Tensor | None = None
+    ) -> Tensor:
+        """Small matrices (B, p, p) in which a non-finite moved point m shows, near zero where m = x.
+
+        x^T m - I, which is x^T d of the displacement; m^T m - I where that is all that the new points need.
+        """
+        w = gram(ms if self._normalizes_moved else xs, ms, reduce, out=small)
         w.diagonal(dim1=-2, dim2=-1).sub_(1)
         return w
 
@@ -245,9 +263,12 @@ class Frames(Manifold):
         """
         unmoved = unmoved_matrices(xs, ms, e, drift, reduce)
         projection, retraction = self._projection, self.retraction_part
+        if unmoved is None and self._normalizes_moved and all(s == 1.0 for s in scales):
+            e.diagonal(dim1=-2, dim2=-1).add_(1)
+            return normalize(ms, retraction, reduce, g=e)
         if unmoved is None and projection is self._tangent and retraction.form == "normalizer":
             zs = _projected(xs, ms, projection.function(e), scales)
-            return normalize(zs, retraction, reduce, scratch=e)
+            return normalize(zs, retraction, reduce, g=gram(zs, zs, reduce, out=e))
         ds = _scaled_displacements(xs, ms, scales, out=ms)
         if projection is not None:
             ds = projection.apply(xs, ds, reduce=reduce, out=ds)
