@@ -76,13 +76,13 @@ class Bucket:
         manifold: Any = self.manifold
         return manifold.stacked_overlap(self.xs, self.work, **self._small(), **self._sharded)
 
-    def _small(self) -> dict[str, Tensor]:
-        """Memory for the small matrices; nothing where the manifold takes none, or the device keeps its own."""
-        x = self.xs[0]
-        if not self.manifold.takes_small or x.device.type != "cpu":
+    def _small(self) -> dict[str, Tensor | None]:
+        """Memory for the small matrices; nothing said to a manifold that takes none."""
+        if not self.manifold.takes_small:
             return {}
-        width = x.shape[-1]
-        return {"small": self._scratch.take((sum(len(x) for x in self.xs), width, width), x)}
+        xs = self.xs
+        width = xs[0].shape[-1]
+        return {"small": self._scratch.take((sum(map(len, xs)), width, width), xs[0])}
 
     def _non_finite(self, small: Tensor) -> list[Slot]:
         # The norm first: one pass without a copy. It overflows before the entries do, and NaN and Inf stay in it.

@@ -56,10 +56,10 @@ def inverse_sqrt(e: Tensor) -> Tensor:
     if 3 / 8 * size * size <= 0.25 * eps:
         return e.mul_(-0.5)
     square = coarse.square(e, size, 8 / 3 * COARSE * eps)
+    if _cube_is_lost(e, square):
+        return _evaluate(TAYLOR, e, square)
     found = coefficients(torch.linalg.matrix_norm(square).amax().item() ** 0.5, eps)
     if found is not None and len(found) <= NARROW:
-        if len(found) > len(TAYLOR) and _cube_is_lost(e, square):
-            found = TAYLOR
         return _evaluate(found, e, square)
     centre, bound = _centred(e, square)
     found = coefficients(bound, eps)

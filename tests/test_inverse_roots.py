@@ -187,3 +187,20 @@ def test_a_polar_step_is_as_exact_with_them(length: float) -> None:
     a, _, bh = torch.linalg.svd((x + u).double(), full_matrices=False)
     assert (y - a @ bh).abs().max() <= 1e-6
     assert (y.mT @ y - torch.eye(512)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cube_is_left_out_only_where_rounding_a_point_brings_more(dtype: torch.dtype) -> None:
+    """What is left out is measured by the cube itself in float64; where it is more, it is not left out."""
+    p, eps = 512, torch.finfo(dtype).eps
+    rounding = 0.3 * p**0.5 * eps
+    unit = gram_like(1.0, p).to(dtype)
+    for share, lost in ((0.25, True), (1.5, False)):
+        cube = torch.linalg.matrix_norm(unit.double() @ unit.double() @ unit.double()).amax().item()
+        e = unit * (share * rounding / (5 / 16 * cube)) ** (1 / 3)
+        assert inverse_roots._cube_is_lost(e, e @ e) is lost
+        values, vectors = torch.linalg.eigh(e.double())
+        expected = (vectors * torch.expm1(-0.5 * torch.log1p(values))[:, None, :]) @ vectors.mT
+        found = inverse_sqrt(e.clone()).double()
+        assert torch.linalg.matrix_norm(found - expected).amax() <= rounding
+    assert not inverse_roots._cube_is_lost(e[:, :64, :64], e[:, :64, :64] @ e[:, :64, :64])

@@ -76,10 +76,10 @@ class Still(torch.optim.SGD):
                 p.data.add_(p.grad, alpha=-group["lr"])
 
 
-def stiefel(retraction: str) -> RiemannianWrapper:
+def stiefel(retraction: str, **options: str) -> RiemannianWrapper:
     torch.manual_seed(0)
     points = [torch.nn.Parameter(Stiefel().random_point(N, P)) for _ in range(COUNT)]
-    return wrapped(points, Stiefel(retraction=retraction))
+    return wrapped(points, Stiefel(retraction=retraction, **options))
 
 
 def fixed_rank(transport: str = "none") -> RiemannianWrapper:
@@ -128,6 +128,11 @@ def within(found: Counter[str], limits: dict[str, int]) -> bool:
 def test_stiefel(retraction: str) -> None:
     found = cost(stiefel(retraction))
     assert within(found, LIMITS[retraction]), dict(found)
+
+
+def test_without_a_projection_two_products_fewer() -> None:
+    found = cost(stiefel("polar", projection="none"))
+    assert within(found, GRAM | {"tall products": 4}), dict(found)
 
 
 def test_more_parameters_cost_no_more_operations() -> None:

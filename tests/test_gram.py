@@ -1,0 +1,131 @@
+"""Tall to small where it is wide: symmetric products by blocks, and the memory that buckets share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stiefelopt import RiemannianWrapper, Stiefel
+from stiefelopt.gram import BLOCK, gram
+from stiefelopt.scratch import LARGE, Scratch
+
+
+def stack(b: int, n: int, p: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(p)
+    return torch.randn(b, n, p, dtype=dtype, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 44])
+@pytest.mark.parametrize("b", [1, 3])
+def test_wide_grams(b: int, p: int, dtype: torch.dtype) -> None:
+    """Rows, columns and transposed layouts; into fresh memory, and into what held something else."""
+    x = stack(b, p + 40, p, dtype)
+    expected = x.double().mT @ x.double()
+    # Sums of n terms, whose sizes add up to about n.
+    allowed = torch.finfo(dtype).eps * x.shape[1] ** 1.5
+    for y in (x, x.mT.contiguous().mT):
+        found = gram([y], [y])
+        torch.testing.assert_close(found.double(), expected, atol=allowed, rtol=0)
+        if p >= 2 * BLOCK:
+            assert torch.equal(found, found.mT)
+        space = torch.full((2 * b, p, p), torch.nan, dtype=dtype)
+        gram([y, y], [y, y], out=space)
+        torch.testing.assert_close(space.double(), torch.cat((expected, expected)), atol=allowed, rtol=0)
+
+
+def test_a_wide_gram_shows_what_is_not_finite() -> None:
+    x = stack(2, 300, 300)
+    x[1, 7, 290] = torch.nan
+    found = gram([x], [x])
+    assert torch.isfinite(found[0]).all()
+    assert found[1, 290].isnan().all()
+    assert found[1, :, 290].isnan().all()
+
+
+def test_wide_grams_are_differentiated_and_mapped() -> None:
+    x = stack(2, 280, 260, torch.float64)
+    weights = stack(2, 260, 260, torch.float64)
+    leaf = x.clone().requires_grad_()
+    (gram([leaf], [leaf]) * weights).sum().backward()
+    torch.testing.assert_close(leaf.grad, x @ (weights + weights.mT))
+    mapped = torch.func.vmap(lambda y: gram([y[None]], [y[None]])[0])(x)
+    torch.testing.assert_close(mapped, x.mT @ x)
+    turned = torch.func.jvp(lambda y: gram([y], [y]), (x,), (torch.ones_like(x),))[1]
+    cross = x.mT @ torch.ones_like(x)
+    torch.testing.assert_close(turned, cross + cross.mT)
+
+
+# Shared memory
+
+
+def test_memory_is_kept_from_a_size_on_and_grows() -> None:
+    scratch, like = Scratch(), torch.empty(0)
+    assert scratch.take((LARGE // 4 - 1,), like) is None
+    first = scratch.take((LARGE // 4,), like)
+    assert first is not None
+    again = scratch.take((1, LARGE // 4), like)
+    assert again is not None
+    assert (again.shape, again.data_ptr()) == ((1, LARGE // 4), first.data_ptr())
+    more = scratch.take((LARGE,), like)
+    assert more is not None
+    assert more.numel() == LARGE
+    other = scratch.take((LARGE,), like.double())
+    assert other is not None
+    assert (other.dtype, other.data_ptr() != more.data_ptr()) == (torch.float64, True)
+    assert scratch.take((LARGE,), like.to("meta")) is None
+
+
+def test_buckets_that_share_memory_step_as_each_alone() -> None:
+    """Three widths, two precisions: all have small matrices of more than LARGE."""
+    shapes = [(520, 512, torch.float32), (700, 600, torch.float32), (400, 384, torch.float64)]
+    xs = [torch.linalg.qr(stack(1, n, p, dtype)[0]).Q.contiguous() for n, p, dtype in shapes]
+
+    def moved(points: list[Tensor]) -> list[Tensor]:
+        params = [torch.nn.Parameter(x.clone()) for x in points]
+        optimizer = RiemannianWrapper(torch.optim.Adam([{"params": params, "manifold": Stiefel()}], lr=1e-3))
+        for k in range(3):
+            for p in params:
+                p.grad = torch.cos(torch.arange(p.numel(), dtype=p.dtype) * (k + 1)).view(p.shape)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    together = moved(xs)
+    for x, y in zip(xs, together, strict=True):
+        (alone,) = moved([x])
+        assert torch.equal(y, alone)
+        assert Stiefel().residual(y) <= 20 * torch.finfo(y.dtype).eps
+        assert not torch.equal(x, y)
+
+
+# projection="none"
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(3, 40, 8), (2, 9, 9), (1, 300, 280)])
+def test_without_a_projection_the_new_point_is_the_nearest_to_where_the_optimizer_went(
+    shape: tuple[int, int, int], scale: float
+) -> None:
+    x = torch.linalg.qr(stack(*shape)).Q
+    d = 0.05 * stack(shape[0], shape[1], shape[2] + 1)[..., 1:] / shape[1] ** 0.5
+    m = Stiefel(projection="none")
+    moved = x + d
+    e = m.stacked_overlap([x], [moved])
+    ((z, dz),) = m.stacked_move([x], [moved], e, [scale], drift=1e-5)
+    y = z if dz is None else z + dz
+    u, _, vh = torch.linalg.svd(x.double() + scale * d.double(), full_matrices=False)
+    torch.testing.assert_close(y.double(), u @ vh, atol=2e-6, rtol=0)
+
+
+def test_without_a_projection_a_point_that_did_not_move_stays_bit_for_bit() -> None:
+    x = torch.linalg.qr(stack(3, 40, 8)).Q
+    moved = x.clone()
+    moved[1] += 1e-3
+    m = Stiefel(projection="none")
+    e = m.stacked_overlap([x], [moved])
+    ((z, dz),) = m.stacked_move([x], [moved], e, [1.0], drift=1e-5)
+    y = z if dz is None else z + dz
+    assert torch.equal(y[0], x[0])
+    assert torch.equal(y[2], x[2])
+    assert m.residual(y).max() <= 2e-6
