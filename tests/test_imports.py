@@ -29,6 +29,7 @@ FLOORS = (
         "core_svd",
         "distributed",
         "moments",
+        "scratch",
         "svd_factor",
     ),
     (
