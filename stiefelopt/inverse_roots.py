@@ -46,7 +46,8 @@ def inverse_sqrt(e: Tensor) -> Tensor:
 
     Cost: none up to ||e||_F = 3e-4, then one product of p x p up to ||e||_2 = 0.005, two to 0.05; beyond, four where
         the eigenvalues lie within 0.3 of each other's middle, eight within 0.75; for a wider spectrum 3 (steps - 1),
-        or an eigendecomposition from 512 columns on (float32). Two to four looks at the data.
+        or an eigendecomposition from 512 columns on (float32). Where so wide, one product as long as the cube of e is
+        lost in rounding. Two to five looks at the data.
     Reference: Paterson & Stockmeyer (1973) for the evaluation; Higham, Functions of Matrices (2008), section 4.2.
     """
     eps = torch.finfo(e.dtype).eps

@@ -64,7 +64,8 @@ def _saved_groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
 class ManifoldStep:
     """The eight lines of a step, around any optimizer: `before` it and `after` it.
 
-    Holds workspaces, never state: twice the bytes of the constrained parameters.
+    Holds workspaces, never state: twice the bytes of the constrained parameters, and the small
+    matrices of the largest bucket.
 
     Args:
         optimizer: the inner optimizer.
