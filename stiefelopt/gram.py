@@ -18,8 +18,9 @@ from .transforms import host_can_look, is_differentiated
 Tall = Sequence[Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
-# Columns of x^T x computed at a time, from twice as many on: 0.7 to 0.9 of the whole product, see benchmarks/NOTES.md.
-BLOCK = 128
+# Columns of x^T x computed at a time, for a stack of several and for a single matrix, where x is at least twice BLOCK
+# wide: 0.7 to 0.9 of the whole product, see benchmarks/NOTES.md.
+BLOCK, LONE_BLOCK = 128, 192
 
 
 def identity_like(small: Tensor) -> Tensor:
@@ -72,14 +73,15 @@ def _may_write(x: Tensor) -> bool:
 
 def _fill_symmetric(x: Tensor, c: Tensor) -> None:
     """c <- x^T x: of each block of rows what lies from the diagonal on, and its mirror image."""
-    for start in range(0, x.shape[-1], BLOCK):
-        here = slice(start, start + BLOCK)
+    width = LONE_BLOCK if len(x) == 1 else BLOCK
+    for start in range(0, x.shape[-1], width):
+        here = slice(start, start + width)
         rows = c[:, here, start:]
         if len(x) == 1:
             rows.baddbmm_(x[:, :, here].mT, x[:, :, start:], beta=0)
         else:  # torch multiplies batches in parallel only into memory without gaps
             rows.copy_(torch.bmm(x[:, :, here].mT, x[:, :, start:]))
-        c[:, start + BLOCK :, here] = rows[:, :, BLOCK:].mT
+        c[:, start + width :, here] = rows[:, :, width:].mT
 
 
 def grams(*pairs: tuple[Tall, Tall], reduce: Reduce | None = None) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stiefelopt import RiemannianWrapper, Stiefel
-from stiefelopt.gram import BLOCK, gram
+from stiefelopt.gram import BLOCK, LONE_BLOCK, gram
 from stiefelopt.scratch import LARGE, Scratch
 
 
@@ -17,7 +17,7 @@ def stack(b: int, n: int, p: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("p", [2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 44])
+@pytest.mark.parametrize("p", [2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 2 * LONE_BLOCK, 3 * BLOCK + 44])
 @pytest.mark.parametrize("b", [1, 3])
 def test_wide_grams(b: int, p: int, dtype: torch.dtype) -> None:
     """Rows, columns and transposed layouts; into fresh memory, and into what held something else."""
