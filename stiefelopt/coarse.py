@@ -81,4 +81,4 @@ def seen_norm(operator: Callable[[Tensor], Tensor], a: Tensor) -> float:
 def _probes(p: int) -> Tensor:
     """Random signs (p, 8), the same every time: the mean of ||E v||^2 over such v is ||E||_F^2."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (p, PROBES), generator=generator).float() * 2 - 1
+    return torch.randint(0, 2, (p, PROBES), generator=generator, device="cpu").float() * 2 - 1
