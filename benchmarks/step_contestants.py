@@ -12,7 +12,6 @@ from benchmarks.step_workloads import Problem, Workload, residual
 from stiefelopt import RiemannianWrapper, Stiefel, retractions
 
 OURS = "stiefelopt, polar"
-NEAREST = "stiefelopt, polar, projection none"
 BARE = "AdamW"
 POGO = "POGO, stacked"
 
@@ -98,7 +97,7 @@ def builders() -> dict[str, Builder]:
         "AdamW, foreach": bare(foreach=True),
         "AdamW, fused": bare(fused=True),
         **{f"stiefelopt, {name}": ours(name) for name in names},
-        NEAREST: ours("polar", projection="none"),
+        f"{OURS}, projection none": ours("polar", projection="none"),
         "StelLA's scheme": stella(),
         "StelLA's scheme, one by one": stella(batched=False),
         "geoopt": geoopt("RiemannianAdam"),

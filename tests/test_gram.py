@@ -97,35 +97,3 @@ def test_buckets_that_share_memory_step_as_each_alone() -> None:
         assert torch.equal(y, alone)
         assert Stiefel().residual(y) <= 20 * torch.finfo(y.dtype).eps
         assert not torch.equal(x, y)
-
-
-# projection="none"
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("shape", [(3, 40, 8), (2, 9, 9), (1, 300, 280)])
-def test_without_a_projection_the_new_point_is_the_nearest_to_where_the_optimizer_went(
-    shape: tuple[int, int, int], scale: float
-) -> None:
-    x = torch.linalg.qr(stack(*shape)).Q
-    d = 0.05 * stack(shape[0], shape[1], shape[2] + 1)[..., 1:] / shape[1] ** 0.5
-    m = Stiefel(projection="none")
-    moved = x + d
-    e = m.stacked_overlap([x], [moved])
-    ((z, dz),) = m.stacked_move([x], [moved], e, [scale], drift=1e-5)
-    y = z if dz is None else z + dz
-    u, _, vh = torch.linalg.svd(x.double() + scale * d.double(), full_matrices=False)
-    torch.testing.assert_close(y.double(), u @ vh, atol=2e-6, rtol=0)
-
-
-def test_without_a_projection_a_point_that_did_not_move_stays_bit_for_bit() -> None:
-    x = torch.linalg.qr(stack(3, 40, 8)).Q
-    moved = x.clone()
-    moved[1] += 1e-3
-    m = Stiefel(projection="none")
-    e = m.stacked_overlap([x], [moved])
-    ((z, dz),) = m.stacked_move([x], [moved], e, [1.0], drift=1e-5)
-    y = z if dz is None else z + dz
-    assert torch.equal(y[0], x[0])
-    assert torch.equal(y[2], x[2])
-    assert m.residual(y).max() <= 2e-6

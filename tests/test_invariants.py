@@ -183,6 +183,30 @@ def test_a_move_that_shrinks_columns_ends_on_the_manifold(r: str) -> None:
             assert m.residual(y).amax() <= Case((6, 3), torch.float32).tolerance()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(3, 40, 8), (2, 9, 9), (1, 300, 280)])
+def test_without_a_projection_the_new_point_is_the_nearest_to_where_the_optimizer_went(
+    shape: tuple[int, int, int], scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linalg.qr(torch.randn(shape, generator=generator)).Q
+    d = 0.05 * torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    (y,) = moved(Stiefel(projection="none"), [x], [d], [scale])
+    u, _, vh = torch.linalg.svd(x.double() + scale * d.double(), full_matrices=False)
+    torch.testing.assert_close(y.double(), u @ vh, atol=2e-6, rtol=0)
+
+
+def test_without_a_projection_a_point_that_did_not_move_stays_bit_for_bit() -> None:
+    x = Case((3, 40, 8), torch.float32).point()
+    d = torch.zeros_like(x)
+    d[1] = 1e-3
+    m = Stiefel(projection="none")
+    (y,) = moved(m, [x], [d], [1.0])
+    assert torch.equal(y[0], x[0])
+    assert torch.equal(y[2], x[2])
+    assert m.residual(y).max() <= 2e-6
+
+
 # Stated limits
 
 
