@@ -82,6 +82,7 @@ def _fill_symmetric(x: Tensor, c: Tensor) -> None:
             rows.baddbmm_(x[:, :, here].mT, x[:, :, start:], beta=0)
         else:  # torch multiplies batches in parallel only into memory without gaps
             rows.copy_(torch.bmm(x[:, :, here].mT, x[:, :, start:]))
+        c[:, here, here] = sym(c[:, here, here])  # BLAS may sum the two halves in different orders
         c[:, start + width :, here] = rows[:, :, width:].mT
 
 

@@ -74,11 +74,19 @@ class Root:
         """c^(-1/2), zero where c is."""
         return inverse_symmetric_root(self.eigen, RANK_EPS**2)
 
+    @cached_property
+    def half_inverse(self) -> Tensor:
+        """Q D with c^(-1/2) = Q D Q^T, Q the eigenvectors."""
+        return self.inverse @ self.eigen[1]
+
     def damped(self, mu: Tensor) -> Tensor:
-        """c^(1/2) (c + mu I)^-1, mu (B, 1, 1)."""
-        values, vectors = self.eigen
-        values = values.clamp_min(torch.finfo(values.dtype).tiny)[..., None, :]
-        return self.inverse @ (vectors * (values / (values + mu))) @ vectors.mT
+        """Q D with c^(1/2) (c + mu I)^-1 = Q D Q^T, mu (B, 1, 1)."""
+        values = self.eigen[0].clamp_min(torch.finfo(mu.dtype).tiny)[..., None, :]
+        return self.half_inverse * (values / (values + mu))
+
+    def divide(self, zs: Tall, half: Tensor | None = None) -> list[Tensor]:
+        """z c^(-1/2), or z Q D Q^T, through the eigenvectors: what rounding does in weak directions stays there."""
+        return times(times(zs, self.half_inverse if half is None else half), self.eigen[1].mT)
 
     @cached_property
     def range(self) -> Tensor:
@@ -141,11 +149,12 @@ def gradient(f: Frame, g: Pairs) -> Pairs:
     X = G V = gB ca^(-1/2), Y = (I - V V^T) G^T U = (I - V V^T) gA^T cb^(-1/2), where the inverse root is damped by what
     rounding has left of gA V = B^T X, which both are B^T G V.
     """
-    xs = times(g.ls, f.a.inverse)
+    xs = f.a.divide(g.ls)
     gv = f.right(g.rs)
-    inverse = f.b.damped(_damping(gv - precise_gram(f.x.ls, xs, f.reduce), xs, f.reduce))
-    ys = times(g.rs, inverse)
-    return Pairs(plus(ys, f.x.rs, f.a.inverse @ gv.mT @ inverse, alpha=-1.0, out=ys), xs)
+    half = f.b.damped(_damping(gv - precise_gram(f.x.ls, xs, f.reduce), xs, f.reduce))
+    ys = f.b.divide(g.rs, half)
+    normal = f.a.inverse @ (gv.mT @ half) @ f.b.eigen[1].mT
+    return Pairs(plus(ys, f.x.rs, normal, alpha=-1.0, out=ys), xs)
 
 
 def _damping(noise: Tensor, xs: Tall, reduce: Reduce | None) -> Tensor:
