@@ -8,7 +8,7 @@ all heights form one batch ``(B, p, p)``, B the sum of the b, in the order of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,8 +82,17 @@ def _fill_symmetric(x: Tensor, c: Tensor) -> None:
             rows.baddbmm_(x[:, :, here].mT, x[:, :, start:], beta=0)
         else:  # torch multiplies batches in parallel only into memory without gaps
             rows.copy_(torch.bmm(x[:, :, here].mT, x[:, :, start:]))
-        c[:, here, here] = sym(c[:, here, here])  # BLAS may sum the two halves in different orders
         c[:, start + width :, here] = rows[:, :, width:].mT
+    for block in _diagonal_blocks(c, width):
+        block.copy_(sym(block))  # BLAS may sum the two halves in different orders
+
+
+def _diagonal_blocks(c: Tensor, width: int) -> Iterator[Tensor]:
+    """Views of those that are whole, as one (b, k, width, width), and of what is left of the diagonal."""
+    (count, p, _), (step, *steps) = c.shape, c.stride()
+    yield c.as_strided((count, p // width, width, width), (step, width * sum(steps), *steps))
+    if p % width:
+        yield c[:, p - p % width :, p - p % width :]
 
 
 def grams(*pairs: tuple[Tall, Tall], reduce: Reduce | None = None) -> list[Tensor]:

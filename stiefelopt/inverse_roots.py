@@ -84,7 +84,7 @@ def _cube_is_lost(e: Tensor, square: Tensor) -> bool:
     p = e.shape[-1]
     if p < coarse.NARROWEST:
         return False
-    return 5 / 16 * coarse.seen_norm(lambda v: e @ (square @ v), e) <= p**0.5 / 8 * torch.finfo(e.dtype).eps
+    return 5 / 16 * coarse.seen_norm(lambda v: (v @ square) @ e, e) <= p**0.5 / 8 * torch.finfo(e.dtype).eps
 
 
 def newton_schulz(e: Tensor, steps: int) -> Tensor:
