@@ -585,6 +585,29 @@ def test_rounded_gradients_do_not_blow_up_in_weak_directions(half: torch.dtype) 
     assert (agreeing[:3] - exact[:3]).norm() < 1e-4 * exact[:3].norm()
 
 
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("weak", AB._fields)
+def test_rounding_of_a_gradient_stays_in_the_weak_directions(weak: str, smallest: float) -> None:
+    """In the direction of singular value s of its factor a float32 coordinate is right to eps / s, and in no other."""
+    m, case = FixedRankPair(), RankCase((64, 48, 4))
+    x, g = case.point(), case.dense().float().double()
+    values = torch.tensor([1.0, 0.5, 1e-1, smallest], dtype=torch.float64)
+    p = AB((case.orthogonal(3, 4) @ x.V.mT).float(), (x.U @ case.orthogonal(4, 4)).float())
+    if weak == "A":
+        p = p._replace(A=(case.orthogonal(3, 4) * values @ x.V.mT).float())
+    else:
+        p = p._replace(B=(x.U * values @ case.orthogonal(4, 4)).float())
+    a, b = (t.double() for t in p)
+    found = m.gradient(p, AB((b.mT @ g).float(), (g @ a.mT).float()))
+    # X = G V and Y^T = U^T G (I - V V^T), in the bases of the singular vectors.
+    turn, strengths, v = torch.linalg.svd(a, full_matrices=False)
+    error = (found.B.double() @ turn - g @ v.mT).norm(dim=0)
+    if weak == "B":
+        u, strengths, turn = torch.linalg.svd(b, full_matrices=False)
+        error = (turn @ found.A.double() - u.mT @ (g - g @ v.mT @ v)).norm(dim=1)
+    assert (error * strengths < 4 * torch.finfo(torch.float32).eps * g.norm()).all()
+
+
 @pytest.mark.parametrize("condition", [1e3, 1e6])
 def test_ill_conditioned_factors_in_float32(condition: float) -> None:
     """W right to 1e-5 of its norm, whichever factor has the small singular values."""

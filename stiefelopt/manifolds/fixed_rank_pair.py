@@ -65,9 +65,9 @@ class FixedRankPair(Manifold):
     Raises:
         ConfigError: an unknown transport.
 
-    Accuracy: coordinates of a gradient are right to eps times the condition number of their factor; with
-        half-precision autocast, where gradients are right to 4e-3, that bounds the condition number that still makes
-        sense.
+    Accuracy: where a factor has singular value s, in units of its largest, the coordinates of a gradient are right to
+        eps / s, and elsewhere not touched by it, but for Y, which knows V to eps times the condition number of A; with
+        half-precision autocast gradients are right to 4e-3, and s weaker than that makes no sense.
     Reference: Vandereycken (2013), SIAM J. Optim. 23; on factors: Mishra et al. (2014), Comput. Stat. 29.
     """
 
