@@ -1,8 +1,9 @@
-"""Parameters of one shape that the inner optimizer steps as one tensor.
+"""Parameters of one shape that the inner optimizer steps as one tensor, and large ones that it steps in pieces.
 
 Most of torch's optimizers are elementwise: what becomes of an entry depends on that entry, its gradient, its state and
-the step count alone. So they may step a whole stack of parameters in the calls that one parameter takes. Each
-parameter keeps its own state: its tensors are pieces of the stack's, its step count is the stack's.
+the step count alone. So they may step a whole stack of parameters in the calls that one parameter takes, or one
+parameter in runs of entries that the cache holds. Each parameter keeps its own state: its tensors are pieces of the
+stack's, its step count is the stack's.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ ELEMENTWISE = frozenset(
 
 
 # Bytes of points that each thread steps at a time: with gradient, moments and a temporary they fit a core's cache.
-PIECE_BYTES = 2**18
+PIECE_BYTES = 2**19
+# Pieces from which on a single parameter is cut: its temporaries would not stay with the allocator.
+LARGE = 8
 
 
-def _most_at_once(like: Tensor) -> int:
-    """How many parameters make a piece."""
-    return PIECE_BYTES * torch.get_num_threads() // (like.numel() * like.element_size())
+def _piece_length(like: Tensor) -> int:
+    """Entries that make a piece."""
+    return max(1, PIECE_BYTES * torch.get_num_threads() // like.element_size())
 
 
 def steps_elementwise(optimizer: Optimizer) -> bool:
@@ -51,33 +54,42 @@ def steps_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in ELEMENTWISE and not (patched or compiling or any(hooks))
 
 
-def saves_calls(params: Sequence[Tensor]) -> bool:
-    """Whether several of these fit into a piece; where none do, gathering the points anew would cost for nothing."""
-    return len(params) > 1 and _most_at_once(params[0]) >= 2
+def saves_time(params: Sequence[Tensor]) -> bool:
+    """Whether several of these make a piece, or one makes many; between these torch's loop serves as well."""
+    count, length = params[0].numel(), _piece_length(params[0])
+    return (len(params) > 1 and 2 * count <= length) or count >= LARGE * length
+
+
+def _flat(t: Tensor) -> Tensor:
+    """The entries of a tensor without gaps, in the order they have in memory; a view."""
+    return t.as_strided((t.numel(),), (1,))
 
 
 class Joint:
-    """Parameters of one group as one, or as a few pieces that fit the cache.
+    """Parameters of one group as one, in pieces that fit the cache.
+
+    A piece is a run of entries, which may hold many parameters or be a part of one.
 
     Args:
         optimizer: whose state is theirs.
         params: k of them, of one shape.
-        whole: (k, *shape), what the optimizer steps in their place.
+        whole: (k, *shape), what the optimizer steps in their place; no gaps.
         grad: like it.
     """
 
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], whole: Tensor, grad: Tensor) -> None:
         self.params = params
         self._optimizer, self._whole = optimizer, whole.detach()
-        most = max(1, _most_at_once(whole[0]))
-        self._pieces = [slice(i, min(i + most, len(params))) for i in range(0, len(params), most)]
-        self.wholes = [self._whole[piece] for piece in self._pieces]
-        self._grads = [grad[piece] for piece in self._pieces]
+        self._length = _piece_length(whole)
+        self.wholes, self._grads = self._pieces(self._whole), self._pieces(grad)
         self._blocks: dict[str, Block] = {}
         self._shared: dict[str, Any] = {}  # the common state
         self._cut: dict[str, tuple[Tensor, list[Tensor]]] = {}  # its tensors, and the pieces' parts of them
         self._lent: list[dict[str, Any]] = []  # what each piece was lent
         self.stepped: dict[str, Tensor] = {}  # those (k, *shape) that the last step has left in place
+
+    def _pieces(self, whole: Tensor) -> list[Tensor]:
+        return list(_flat(whole).split(self._length))
 
     def enter(self) -> bool:
         """Lend the pieces their gradients and the state of the parameters; False where that has no common form."""
@@ -94,14 +106,15 @@ class Joint:
 
     def leave(self) -> None:
         """Give every parameter its part of what the state has become."""
-        self.stepped = {name: t for name, t in self._shared.items() if isinstance(t, Tensor) and t.ndim > 1}
-        for piece, whole, lent in zip(self._pieces, self.wholes, self._lent, strict=True):
+        self.stepped = {}
+        states = [self._optimizer.state.pop(whole, {}) for whole in self.wholes]
+        for whole in self.wholes:
             whole.grad = None
-            for name, value in self._optimizer.state.pop(whole, {}).items():
-                known = name in lent and value is lent[name]
-                if not known:
-                    self.stepped.pop(name, None)
-                self._return(name, value, piece, known=known)
+        # A step that has failed may have left state with some of the pieces only: then there is none.
+        for name in [name for name in states[0] if all(name in state for state in states)]:
+            values = [state[name] for state in states]
+            known = all(name in lent and v is lent[name] for v, lent in zip(values, self._lent, strict=True))
+            self._return(name, values, known=known)
         self._lent, self._shared = [], {}
 
     def dissolve(self) -> None:
@@ -110,19 +123,23 @@ class Joint:
         for block in self._blocks.values():
             block.dissolve()
 
-    def _return(self, name: str, value: Any, piece: slice, *, known: bool) -> None:
+    def _return(self, name: str, values: list[Any], *, known: bool) -> None:
+        value = values[0]
         if not isinstance(value, Tensor):
             parts: Iterable[Any] = repeat(value)
         elif value.ndim == 0:
-            if known:  # the first parameter's own number has been stepped, in place
-                self._shared[name][piece].fill_(value)
+            if known:
+                self._shared[name].fill_(value)
                 return
-            parts = (value.clone() for _ in self.params[piece])
+            parts = (value.clone() for _ in self.params)
         elif known:
+            self.stepped[name] = self._shared[name]
             return
         else:  # memory of their own: whoever needs several side by side moves them
-            parts = (part.clone(memory_format=torch.preserve_format) for part in value)
-        for p, part in zip(self.params[piece], parts, strict=False):
+            whole = torch.empty_like(self._whole, dtype=value.dtype)
+            torch.cat(values, out=_flat(whole))
+            parts = (part.clone(memory_format=torch.preserve_format) for part in whole)
+        for p, part in zip(self.params, parts, strict=False):
             self._optimizer.state[p][name] = part
 
     def _common(self, states: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -142,13 +159,14 @@ class Joint:
         return found if all(len(state) == len(found) for state in states) else None
 
     def _parts(self, name: str, value: Any) -> list[Any]:
-        """What each piece sees of a common state: its rows, its first number, or what is no tensor."""
+        """What each piece sees of a common state: its entries, a number of its own, or what is no tensor."""
         if not isinstance(value, Tensor):
-            return [value] * len(self._pieces)
+            return [value] * len(self.wholes)
+        if value.ndim == 1:
+            return list(value[:1].repeat(len(self.wholes)))
         known = self._cut.get(name)
         if known is None or known[0] is not value:
-            known = value, [value[p.start] if value.ndim == 1 else value[p] for p in self._pieces]
-            self._cut[name] = known
+            known = self._cut[name] = value, self._pieces(value)
         return known[1]
 
     def _joined(self, name: str, values: list[Any]) -> Tensor | None:
@@ -158,7 +176,9 @@ class Joint:
             numbers = block.of(values, lambda: values[0].new_empty(len(values)))
             return numbers if numbers is not None and len(set(numbers.tolist())) == 1 else None
         whole = block.of(values, lambda: torch.empty_like(self._whole))
-        return whole if whole is not None and whole.shape == self._whole.shape else None
+        if whole is None or (whole.shape, whole.stride()) != (self._whole.shape, self._whole.stride()):
+            return None
+        return whole
 
 
 class JointStep:

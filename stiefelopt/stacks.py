@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import Shards, local
-from .joint import Joint, saves_calls
+from .joint import Joint, saves_time
 from .moments import Block
 from .placement import Placement, residual_of
 from .precision import Masters
@@ -86,7 +86,7 @@ class Stack:
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
         self._dense = self._flipped or all(t.is_contiguous() for t in here)
         join = join and self._dense and shards is None and self._masters is None and p.device.type == "cpu"
-        join = join and saves_calls(self.params)
+        join = join and saves_time(self.params)
         self._spaces = self._space(), self._space()
         self._points, self._work = self._spaces
         self.joints = self._joints() if join else []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import adam
+from torch.optim import adam, sgd
 
 from stiefelopt import FixedRank, RiemannianWrapper, Stiefel, joint
 from stiefelopt.joint import ELEMENTWISE
@@ -48,6 +48,12 @@ def wrapped(params: list[nn.Parameter], cls: type[torch.optim.Optimizer], option
         {"params": params[15:]},
     ]
     return RiemannianWrapper(cls(groups, lr=0.01, **options))  # type: ignore[arg-type, call-arg]
+
+
+def wrapped_alone(
+    params: list[nn.Parameter], cls: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> Any:
+    return RiemannianWrapper(cls([{"params": params, "manifold": Stiefel()}], lr=0.01, **options))  # type: ignore[call-arg]
 
 
 def train(params: list[nn.Parameter], optimizer: Any, steps: range, without: int | None = None) -> None:
@@ -273,6 +279,63 @@ def test_pieces_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [len(j.wholes) for stack in optimizer._core._stacks() for j in stack.joints]
     assert max(pieces) > 1
     assert same(*runs)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(("cls", "options"), CASES)
+def test_a_large_parameter_is_stepped_in_pieces(
+    cls: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    flipped: bool,
+    apart: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same numbers and the same state, whether it lies by rows or by columns, and from a checkpoint too."""
+    monkeypatch.setattr(joint, "PIECE_BYTES", 256 // torch.get_num_threads())
+    start = Stiefel().random_point(40, 20, generator=torch.Generator().manual_seed(0))
+    runs = []
+    for off in (False, True):
+        apart(off)
+        params = [nn.Parameter(start.mT.contiguous().mT.clone() if flipped else start.clone())]
+        optimizer = wrapped_alone(params, cls, options)
+        train(params, optimizer, range(3))
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = wrapped_alone(params, cls, options)
+        optimizer.load_state_dict(state)
+        train(params, optimizer, range(3, 5))
+        assert is_joined(optimizer) is not off
+        pieces = [len(j.wholes) for stack in optimizer._core._stacks() for j in stack.joints]
+        assert pieces == [13]
+        runs.append((params, optimizer.state_dict()))
+    if options.get("fused"):
+        torch.testing.assert_close(*(run[0] for run in runs), rtol=1e-5, atol=1e-6)
+    else:
+        assert same(*runs)
+
+
+def test_a_step_that_fails_between_pieces_leaves_no_half_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "PIECE_BYTES", 256 // torch.get_num_threads())
+    params = [nn.Parameter(Stiefel().random_point(40, 20))]
+    optimizer = wrapped_alone(params, torch.optim.SGD, {"momentum": 0.9})
+    before = params[0].detach().clone()
+    inner = sgd.sgd
+
+    def fail(pieces: list[Tensor], *args: Any, **kwargs: Any) -> None:
+        inner(pieces[:3], *(a[:3] for a in args), **kwargs)
+        optimizer.state[pieces[0]]["momentum_buffer"] = torch.ones_like(pieces[0])
+        raise RuntimeError("no")
+
+    params[0].grad = torch.ones_like(params[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(sgd, "sgd", fail)
+        with pytest.raises(RuntimeError, match="no"):
+            optimizer.step()
+    assert torch.equal(params[0], before)
+    assert set(optimizer.state) <= set(params)
+    assert "momentum_buffer" not in optimizer.state.get(params[0], {})
+    train(params, optimizer, range(2))
+    assert is_joined(optimizer)
+    assert optimizer.state[params[0]]["momentum_buffer"].shape == params[0].shape
 
 
 def test_state_that_somebody_else_holds_a_view_of_stays_where_it_is() -> None:
