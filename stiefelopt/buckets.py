@@ -7,6 +7,7 @@ small enough for the cache, so that the passes after the first cost little; on a
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .manifolds.base import Carry
 from .placement import sharding_of
 from .scratch import Scratch
 from .stacks import Point, Slot, Stack, is_flipped
+from .transforms import host_can_look
 
 # Bytes of points per bucket on the CPU: measured best from 4 to 16 MiB, see benchmarks/NOTES.md.
 CPU_BUCKET_BYTES = 8 * 2**20
@@ -159,12 +161,28 @@ class Bucket:
         manifold: Any = self.manifold
         rates = [stack.rate() for stack in self.stacks]
         if self._placement.direction == "spectral":
+            self._warn_of_lost_directions()
             overlap = manifold.stacked_spectral(self.xs, self.work, overlap, rates, **self._sharded)
         if self._placement.manifold_decay:
             shares = [stack.slots[0].placement.manifold_decay for stack in self.stacks]
             decays = [rate * share for rate, share in zip(rates, shares, strict=True)]
             overlap = manifold.stacked_decay(self.xs, self.work, overlap, decays, **self._sharded)
         return overlap
+
+    def _warn_of_lost_directions(self) -> None:
+        """Where p + step has rounded the step to 1 % or worse: its length does not matter, its direction is all."""
+        if not host_can_look(self.xs[0]):
+            return
+        moved = squared_norm([m - x for x, m in zip(self.xs, self.work, strict=True)], self._over) ** 0.5
+        size = squared_norm(self.xs, self._over) ** 0.5
+        if 0 < moved < 20 * torch.finfo(self.xs[0].dtype).eps * size:
+            warnings.warn(
+                f"the inner optimizer's steps of {self.stacks[0].slots[0].label!r} and those like it have norm "
+                f"{moved:.1g}, and rounding leaves little of their direction, which is all that "
+                f"direction='spectral' takes from them. Use stiefelopt.Riemannion, whose inner steps have norm 1, "
+                f"longer inner steps, or float64.",
+                stacklevel=2,
+            )
 
     def _carry(self, carry: Carry | None, names: Sequence[str]) -> None:
         """Carry the optimizer's moments of these names to the new points, which are in the work space."""

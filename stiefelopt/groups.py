@@ -65,6 +65,15 @@ def constrain(
     Raises:
         ConfigError: no such parameter, or an unknown init. ShapeError, NotOnManifoldError: it does not fit.
     """
+    if not isinstance(module, nn.Module) or not isinstance(name, str):
+        raise ConfigError(
+            f"constrain takes a module and a parameter's name in it, got {type(module).__name__} and "
+            f"{type(name).__name__}: constrain(model, 'rnn.weight_hh_l0', Stiefel())."
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigError(
+            f"generator is {generator!r}; pass torch.Generator().manual_seed({generator!r}), or leave it out."
+        )
     owner, leaf, p = _find(module, name)
     manifold = from_spec(manifold)
     if manifold.parts > 1:

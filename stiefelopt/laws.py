@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import StepError
 from .manifolds import Manifold, from_spec
 
 Law = Callable[..., None]
@@ -30,6 +31,8 @@ class Broken(Exception):
 def law_at(make_case: Callable[[], Any]) -> Callable[[Law], Law]:
     """Decorator of a law: a broken claim ends in an AssertionError that begins with the law's name.
 
+    A StepError, of a part that refuses a step within its radius, stays one and is named likewise.
+
     Args:
         make_case: the case that the law is tried at where none is given.
     """
@@ -42,6 +45,11 @@ def law_at(make_case: Callable[[], Any]) -> Callable[[Law], Law]:
                 function(m, case, **options)
             except Broken as broken:
                 raise AssertionError(f"{function.__name__}: {broken}; for {m!r} at {case}") from None
+            except StepError as error:
+                raise StepError(
+                    f"{function.__name__}: {error}; a part that takes no such steps declares radius=; "
+                    f"for {m!r} at {case}"
+                ) from error
 
         return checked
 

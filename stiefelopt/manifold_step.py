@@ -130,8 +130,8 @@ class ManifoldStep:
         group.update(manifold=_plain(placement.manifold), orientation=orientation)
 
     def _check_decay(self, group: Mapping[str, Any], index: int) -> None:
-        decay = group.get("weight_decay", 0)
-        if isinstance(decay, Tensor) or not decay or group.get("decoupled_weight_decay"):
+        decay = _coupled_decay(group)
+        if not decay:
             return
         cls = type(self.optimizer)
         if cls.__module__.startswith("torch.optim"):
@@ -149,6 +149,14 @@ class ManifoldStep:
                 f"moments of a manifold group: set weight_decay=0 there.",
                 stacklevel=4,
             )
+
+    def check_saved(self, state: Mapping[str, Any]) -> None:
+        """Refuse what `adopt` would refuse in a group's own settings, before they are loaded."""
+        for i, (group, saved) in enumerate(
+            zip(self.optimizer.param_groups, state.get("param_groups", ()), strict=False)
+        ):
+            if _points(group, i):
+                self._check_decay(saved, i)
 
     def points(self) -> list[list[Slot]]:
         """The constrained parameters of all groups, as many together as make a point."""
@@ -216,12 +224,19 @@ class ManifoldStep:
         return (stack for bucket in self._buckets for stack in bucket.stacks)
 
     def _sign(self) -> list[tuple[Settings, list[Tensor]]]:
-        """What the buckets were made from. Shapes and dtypes show when the parameters are gathered."""
+        """What was checked, and what the buckets were made from. Shapes and dtypes show when they are gathered."""
         return [
-            (settings_of(group), [p for p in group["params"] if p.grad is not None])
+            (
+                {**settings_of(group), "weight_decay": self._refusable_decay(group)},
+                [p for p in group["params"] if p.grad is not None],
+            )
             for group in self.optimizer.param_groups
             if group.get("manifold") is not None or any(map(may_carry, group["params"]))
         ]
+
+    def _refusable_decay(self, group: Mapping[str, Any]) -> float:
+        """What `_check_decay` looks at; 0 where a schedule may change it freely."""
+        return _coupled_decay(group) if type(self.optimizer).__name__ in _COUPLED else 0.0
 
     # The step
 
@@ -285,7 +300,9 @@ class ManifoldStep:
             self.restore_points()
             if isinstance(error, StepError):
                 what = "The points were" if self._snapshot is None else "Everything was"
-                raise StepError(f"{error}. {what} put back to where it was before the step.") from None
+                raise StepError(
+                    f"{str(error).rstrip('.')}. {what} put back to where it was before the step."
+                ) from None
             raise
 
     def return_gradients(self) -> None:
@@ -321,6 +338,12 @@ class ManifoldStep:
             self._return_withheld()
             for stack in self._stacks():
                 stack.recover()
+
+
+def _coupled_decay(group: Mapping[str, Any]) -> float:
+    """The group's weight decay, unless it says that it is decoupled."""
+    decay = group.get("weight_decay", 0)
+    return 0.0 if isinstance(decay, Tensor) or group.get("decoupled_weight_decay") else decay or 0.0
 
 
 def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor], Placement]]:

@@ -48,7 +48,7 @@ from .matfun import (
 from .registry import Registry
 from .shapes import as_stacks
 from .svd_factor import svd_factor
-from .transforms import is_differentiated
+from .transforms import host_can_look, is_differentiated
 
 EXACT = math.inf
 FORMS = ("gram", "ambient", "normalizer")
@@ -138,7 +138,7 @@ class Retraction:
         elif self.form == "gram":
             ys = _apply_gram(self, xs, us, reduce)
         else:
-            ys = [self.function(x, u) for x, u in zip(xs, us, strict=True)]  # type: ignore[misc]
+            ys = [self._ambient(x, u) for x, u in zip(xs, us, strict=True)]
         if zero is None:
             return ys
         # The value of x with the derivatives of y: those of R at u = 0 are not zero.
@@ -146,6 +146,21 @@ class Retraction:
             x.detach() + (y - y.detach()) if is_differentiated(y) else x for x, y in zip(xs, ys, strict=True)
         ]
         return keep_where(zero, fixed, ys)
+
+    def _ambient(self, x: Tensor, u: Tensor) -> Tensor:
+        """f(x, u), which is somebody's own code."""
+        y = self.function(x, u)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise StepError(
+                f"retraction {self.name!r} returned {given}, and points {tuple(x.shape)} are needed: it is called with "
+                f"stacks (B, n, p)."
+            )
+        if host_can_look(y) and not bool(torch.isfinite(y).all()):
+            raise StepError(
+                f"retraction {self.name!r} returned NaN or Inf; shorten the step (lower lr, clip the gradient)."
+            )
+        return y
 
 
 # The two summands of a result, for whoever writes it out to add on the way; None where it is whole already.

@@ -168,12 +168,14 @@ class RiemannianWrapper(Optimizer):
                 f"a parameter group is a dict with the key 'params', got {type(param_group).__name__}."
             )
         group = dict(param_group)
-        params = group.get("params")
+        if "params" not in group:
+            raise ConfigError(f"a parameter group needs the key 'params'; this one has {sorted(group)}.")
+        params = group["params"]
         if isinstance(params, set):
             raise ConfigError(
                 "a set of parameters has no order, and the state would be mixed up on load; pass a list."
             )
-        group["params"] = [params] if isinstance(params, Tensor) else list(params or ())
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
         named = [p for p in group["params"] if isinstance(p, tuple)]
         trial = {**self.defaults, **group, "params": [p[1] for p in named] if named else group["params"]}
         if named:
@@ -197,10 +199,15 @@ class RiemannianWrapper(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the inner optimizer's state. Where saved and live manifold keys differ, the live ones stay."""
+        """Load the inner optimizer's state. Where saved and live manifold keys differ, the live ones stay.
+
+        Raises:
+            ConfigError: a saved group has coupled weight decay, and its live one is on a manifold.
+        """
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        self._core.check_saved(state_dict)
         live = self._core.live_settings()
         with lifted(slot.p for point in self._core.points() for slot in point):
             self.optimizer.load_state_dict(state_dict)

@@ -374,6 +374,26 @@ ON_WRAPPING: dict[str, Case] = {
     "BlockAdam with a beta of 1": Case(
         ConfigError, r"betas=\(1\.0, 0\.9\)", r"\[0, 1\)", lambda w: BlockAdam([w.point], betas=(1.0, 0.9))
     ),
+    "a group without parameters": Case(
+        ConfigError,
+        r"key 'params'.*'parms'",
+        r"'params'",
+        lambda w: RiemannianWrapper(AdamW([w.point])).add_param_group(
+            {"parms": [w.other], "manifold": Stiefel()}
+        ),
+    ),
+    "constrain on no module": Case(
+        ConfigError,
+        r"int",
+        r"module.*name",
+        lambda w: constrain(3, "weight", Stiefel()),  # type: ignore[arg-type]
+    ),
+    "a seed for a generator": Case(
+        ConfigError,
+        r"generator is 3",
+        r"manual_seed\(3\)",
+        lambda w: constrain(w.module, "query.weight", Stiefel(), init="random", generator=3),  # type: ignore[arg-type]
+    ),
     "an optimizer's class": Case(ConfigError, r"class AdamW", r"instance.*AdamW\(", lambda w: wrap(AdamW)),
     "no optimizer": Case(
         ConfigError, r"Linear", r"torch\.optim\.Optimizer", lambda w: wrap(w.module["query"])

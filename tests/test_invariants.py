@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -512,3 +513,18 @@ def test_check_draws_the_line_where_it_says(shape: tuple[int, int], dtype: torch
         Stiefel().check((x * math.sqrt(1 + 0.7 * line)).to(dtype))
     with pytest.raises(NotOnManifoldError):
         Stiefel().check((x * math.sqrt(1 + (3 if half else 1.4) * line)).to(dtype))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
+def test_cayley_of_a_long_step_of_rank_one(scale: float) -> None:
+    """Right to eps times the condition number, ||u||^2, of what is solved; the oracle is dense, n x n."""
+    m, case = Stiefel(retraction="cayley"), Case((10, 4), torch.float64)
+    x, z = case.point(), case.ambient()
+    u = m.project_tangent(x, z[:, :1] @ z[:1])
+    u = u * (scale / u.norm())
+    half = torch.eye(10, dtype=torch.float64) - 0.5 * x @ x.mT
+    w = half @ u @ x.mT - x @ u.mT @ half
+    eye = torch.eye(10, dtype=torch.float64)
+    expected = np.linalg.solve((eye - w / 2).numpy(), ((eye + w / 2) @ x).numpy())
+    off = np.abs(m.retract(x, u).numpy() - expected).max()
+    assert off < 1e-15 * (1 + scale**2) * 10

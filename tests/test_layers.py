@@ -23,6 +23,8 @@ from stiefelopt import (
     StelLALinear,
     Stiefel,
     adapt,
+    adapter_state_dict,
+    load_adapter_state_dict,
     merge_adapters,
     param_groups,
 )
@@ -444,6 +446,46 @@ def test_half_and_bfloat16_leave_the_factors_alone(
     assert model(x).dtype == x.dtype
     # The net update is still the one of float32: the correction was not rounded either.
     assert layer.delta_weight().dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [StelLALinear, RiemannLoRALinear])
+def test_wider_factors_are_points_of_their_precision(cls: Any) -> None:
+    """After .double(), or loaded from a narrower state: else the optimizer would refuse them."""
+    original = nn.Sequential(nn.Linear(12, 20))
+    x = torch.randn(5, 12)
+    models: dict[str, Any] = {
+        name: copy.deepcopy(original) for name in ("double", "adapter state", "state", "rounded")
+    }
+    for name, model in models.items():
+        models[name] = adapt(
+            model.double() if name in ("adapter state", "state") else model, cls, target_modules=["0"], r=2
+        )
+    source: Any = adapt(copy.deepcopy(original), cls, target_modules=["0"], r=2)
+    with torch.no_grad():
+        before = models["double"](x)
+    models["double"].double()
+    assert_near(models["double"](x.double()).float(), before)
+    load_adapter_state_dict(models["adapter state"], adapter_state_dict(source))
+    rounded = {name: t.bfloat16() for name, t in adapter_state_dict(source).items()}
+    load_adapter_state_dict(models["rounded"], rounded)
+    models["state"].load_state_dict(source.state_dict())
+    for name, model in models.items():
+        groups = param_groups(model, lr=1e-3)
+        worst = max(RiemannianWrapper(AdamW(groups)).residuals().values())
+        assert worst < 10 * torch.finfo(torch.float32 if name == "rounded" else torch.float64).eps
+        for factor, saved in (("U", source[0].U), ("V", source[0].V)):
+            if name != "double":
+                off = (getattr(model[0], factor) - saved).abs().max()
+                assert off < (1e-2 if name == "rounded" else 1e-6)
+
+
+def test_factors_that_are_no_points_stay_what_they_are() -> None:
+    layer = layer_on(linear())
+    with torch.no_grad():
+        layer.U.mul_(1.01)
+    old = layer.U.detach().clone()
+    layer.double()
+    assert torch.equal(layer.U, old.double())
 
 
 def test_double_is_honoured_and_float_comes_back() -> None:

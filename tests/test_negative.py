@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stiefelopt import Stiefel, metrics, projections, retractions, testing
+from stiefelopt import RiemannianWrapper, Stiefel, metrics, projections, retractions, testing
 from stiefelopt.errors import StepError
 from stiefelopt.gram import gram, sym
 from stiefelopt.laws import Law
@@ -515,3 +515,25 @@ def test_an_exception_of_the_part_itself_comes_through() -> None:
 
     with pytest.raises(StepError, match="mine"):
         check_retraction(fails)
+
+
+def test_a_part_that_refuses_steps_within_its_radius_is_told_so() -> None:
+    def fails(x: Tensor, u: Tensor) -> Tensor:
+        raise StepError("mine")
+
+    with pytest.raises(StepError, match=r"law_\w+: mine; .*radius="):
+        check_retraction(fails)
+
+
+@pytest.mark.parametrize(
+    ("result", "what"),
+    [(lambda x: x[..., :-1], "returned"), (lambda x: None, "NoneType"), (lambda x: x / 0, "NaN or Inf")],
+)
+def test_what_is_no_point_is_not_written_to_a_parameter(result: Callable[[Tensor], Any], what: str) -> None:
+    p = torch.nn.Parameter(torch.eye(6, 3))
+    manifold = Stiefel(retraction=lambda x, u: result(x + u))
+    optimizer = RiemannianWrapper(torch.optim.SGD([{"params": [p], "manifold": manifold}], lr=0.1))
+    p.grad = torch.ones(6, 3)
+    with pytest.raises(StepError, match=what):
+        optimizer.step()
+    assert torch.equal(p, torch.eye(6, 3))

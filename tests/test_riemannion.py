@@ -27,6 +27,7 @@ from stiefelopt import (
     RiemannianWrapper,
     Riemannion,
     RiemannLoRALinear,
+    StepError,
     Stiefel,
     adapt,
     param_groups,
@@ -580,6 +581,36 @@ def test_beside_spel_and_manifold_muon_on_a_leading_subspace() -> None:
     assert 1e-2 < ambient < 1e-1
 
 
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e19, 1e30])
+@pytest.mark.parametrize("manifold", [Stiefel(), FixedRank()])
+def test_loss_scale_does_not_matter_where_squares_leave_float32(manifold: Any, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [t.float() for t in problem()[0]] if isinstance(manifold, FixedRank) else [torch.eye(9, 4)]
+    grads = [torch.randn(t.shape, generator=generator) for t in start]
+    ends = []
+    for factor in (1.0, scale):
+        params = [nn.Parameter(t.clone()) for t in start]
+        optimizer = Riemannion([{"params": params, "manifold": manifold}], lr=0.05)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g * factor
+        optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    assert (ends[0] - torch.cat([t.flatten() for t in start])).norm() > 0.01
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+def test_riemannion_maximizes_in_all_groups() -> None:
+    ends = []
+    for maximize in (False, True):
+        p, q = nn.Parameter(torch.eye(9, 4)), nn.Parameter(torch.zeros(3))
+        groups = [{"params": [p], "manifold": Stiefel(), "maximize": maximize}]
+        optimizer = Riemannion([*groups, {"params": [q], "maximize": maximize}], lr=0.05)
+        p.grad, q.grad = torch.ones(9, 4), torch.ones(3)
+        optimizer.step()
+        ends.append([(p.detach() - torch.eye(9, 4)).sum().item(), q.detach().sum().item()])
+    assert max(ends[0]) < 0 < min(ends[1])
+
+
 # BlockAdam
 
 
@@ -632,6 +663,29 @@ def test_block_adam_with_zero_gradients_moves_nothing() -> None:
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.equal(p, torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_block_adam_in_half_precision(dtype: torch.dtype, size: float) -> None:
+    """||g||^2 is 1.2e5, which float16 has not, or its average moves by less than bfloat16 shows; resumed, too."""
+    p = nn.Parameter(torch.zeros(400, 300, dtype=dtype))
+    optimizer = BlockAdam([p], lr=0.01 * p.numel() ** 0.5)
+    for k in range(20):
+        if k == 10 and size < 1:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        p.grad = torch.full_like(p, size)
+        optimizer.step()
+    assert (p + 0.2).abs().max() < 40 * torch.finfo(dtype).eps * 0.2
+
+
+def test_block_adam_refuses_sparse_gradients_before_it_counts_a_step() -> None:
+    p = nn.Parameter(torch.ones(5, 4))
+    optimizer = BlockAdam([p])
+    p.grad = torch.ones(5, 4).to_sparse()
+    with pytest.raises(StepError, match="dense"):
+        optimizer.step()
+    assert not optimizer.state[p]
 
 
 @pytest.mark.parametrize(

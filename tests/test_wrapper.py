@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -1861,6 +1862,43 @@ def test_coupled_decay_is_refused_on_a_manifold_group_only(name: str) -> None:
 
 
 @pytest.mark.usefixtures("no_warnings")
+@pytest.mark.parametrize("how", ["set", "loaded", "loaded before any step"])
+def test_coupled_decay_that_comes_later_is_refused(how: str) -> None:
+    p = nn.Parameter(torch.eye(6, 3))
+    optimizer = RiemannianWrapper(SGD([{"params": [p], "manifold": Stiefel()}], lr=0.1, momentum=0.9))
+    if how != "loaded before any step":
+        p.grad = torch.ones(6, 3)
+        optimizer.step()
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["weight_decay"] = 0.1
+    p.grad = torch.ones(6, 3)
+    if how == "set":
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"group 0 .*weight_decay=0\.1"):
+                optimizer.step()
+    else:
+        with pytest.raises(ConfigError, match=r"group 0 .*weight_decay=0\.1"):
+            optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert torch.equal(p, before)
+    optimizer.param_groups[0]["weight_decay"] = 0
+    optimizer.step()
+    assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1.0])
+def test_a_direction_that_rounding_takes_is_warned_of(lr: float) -> None:
+    """direction="spectral" reads the direction of the inner step alone, and p + step has rounded a short one."""
+    p = nn.Parameter(torch.eye(60, 4))
+    group = {"params": [p], "manifold": Stiefel(), "direction": "spectral"}
+    optimizer = RiemannianWrapper(SGD([group], lr=lr))
+    p.grad = torch.full((60, 4), 1e-4)
+    short = lr < 1
+    with pytest.warns(UserWarning, match="Riemannion") if short else contextlib.nullcontext():
+        optimizer.step()
+
+
 @pytest.mark.parametrize("make", [AdamW, lambda g: Adam(g, weight_decay=0.1, decoupled_weight_decay=True)])
 def test_decoupled_decay_is_accepted(make: Callable[[Any], Optimizer]) -> None:
     RiemannianWrapper(make(Model().groups()))

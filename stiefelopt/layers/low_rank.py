@@ -14,7 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
 from ..full_precision import full_precision
-from ..shapes import HALF
+from ..manifolds import Stiefel
+from ..shapes import HALF, tolerance
 from ..transforms import under_transform
 from .shared import SharedBase
 from .update import LowRankUpdate, factors_of_update, plus_product
@@ -330,6 +331,7 @@ class LowRankLinear(nn.Module):
         self._correct(*(state[k].to(self.U) if k in state else None for k in ("U0", "V0")))
         for name in self.FACTORS:
             write_whole(getattr(self, name), state[name])
+        self._refine(state["U"].dtype, state["V"].dtype)
 
     def factor_state(self) -> dict[str, Tensor]:
         """U, S, V, and U0, V0 where there are any, detached; sharded ones put together, on every rank."""
@@ -360,6 +362,17 @@ class LowRankLinear(nn.Module):
             fits = [t is None or o is None or t.shape == o.shape for t, o in zip(saved, own, strict=True)]
             self._correct(*(t if t is None else t.to(self.U) for t in (saved if all(fits) else own)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if adapter:
+            self._refine(*(state_dict[prefix + name].dtype for name in "UV"))
+
+    @torch.no_grad()
+    def _refine(self, *was: torch.dtype) -> None:
+        """Make U and V orthonormal to their own precision, where they were to that of these dtypes and no more."""
+        for p, dtype in zip((self.U, self.V), was, strict=True):
+            if is_distributed(p) or p.is_meta or tolerance(dtype, *p.shape) <= tolerance(p.dtype, *p.shape):
+                continue
+            if tolerance(p.dtype, *p.shape) < Stiefel().residual(p) <= tolerance(dtype, *p.shape):
+                p.copy_(Stiefel().project_point(p))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Follow the model to another device or to float64, never to half precision: steps would round away."""
@@ -370,7 +383,9 @@ class LowRankLinear(nn.Module):
             moved = fn(t)
             return t.to(moved.device) if id(t) in own and moved.dtype in HALF else moved
 
+        was = self.U.dtype, self.V.dtype
         super()._apply(guarded, recurse)
+        self._refine(*was)
         for kept in self._kept.values():
             kept.data = fn(kept.data)
         return self

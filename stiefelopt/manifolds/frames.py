@@ -110,7 +110,8 @@ class Frames(Manifold):
         if not worst <= allowed:
             raise NotOnManifoldError(
                 f"x has max |x^T x - I| = {worst:.2g}, and {allowed:.2g} is allowed for {tuple(x.shape)} in {x.dtype}: "
-                f"use project_point(x), or constrain(module, name, manifold) for a parameter."
+                f"use project_point(x); for a parameter constrain(module, name, manifold), or after .double() "
+                f"p.data.copy_(manifold.project_point(p.data)), which keeps all that was declared of it."
             )
 
     def random_point(

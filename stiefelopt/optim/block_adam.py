@@ -9,7 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from ..distributed import whole
-from ..errors import ConfigError
+from ..errors import ConfigError, StepError
+from ..shapes import compute_dtype
 
 
 class BlockAdam(Optimizer):
@@ -48,19 +49,25 @@ class BlockAdam(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise StepError(
+                            "BlockAdam takes dense gradients; leave out sparse=True, or use SparseAdam."
+                        )
                     _step(p, p.grad, self.state[p], group)
         return loss
 
 
 def _step(p: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    # In half precision ||g||^2 would overflow, its average stall and eps be 0.
+    dtype = compute_dtype(p.dtype)
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(p)
-        state["norm_sq"] = torch.zeros((), dtype=p.dtype, device=p.device)
+        state["norm_sq"] = torch.zeros((), dtype=dtype, device=p.device)
     b1, b2 = group["betas"]
     state["step"] += 1
     k = state["step"].item()
     state["exp_avg"].lerp_(g, 1 - b1)
-    state["norm_sq"].lerp_(whole(g.square().sum()), 1 - b2)
+    state["norm_sq"] = state["norm_sq"].to(dtype).lerp_(whole(g.to(dtype).square().sum()), 1 - b2)
     root = (state["norm_sq"] / (1 - b2**k)).sqrt() + group["eps"]
     p.sub_(state["exp_avg"] * (float(group["lr"]) / ((1 - b1**k) * root)))

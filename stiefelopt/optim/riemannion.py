@@ -117,7 +117,7 @@ class _HeavyBallAndAdamW(AdamW):
                 self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, [p.grad for p in params])
+        torch._foreach_add_(buffers, [p.grad for p in params], alpha=-1 if group["maximize"] else 1)
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         torch._foreach_add_(params, _steps(buffers, group))
 
@@ -138,7 +138,9 @@ def _steps(buffers: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
     if group.get("direction", "plain") == "plain":
         return list(torch._foreach_mul(buffers, -float(group["lr"])))
     parts = from_spec(group["manifold"]).parts
-    each = torch._foreach_norm(buffers)
+    # In float32 squares of entries beyond 1e19 overflow, and below 1e-23 they vanish.
+    exact = torch.float32 if buffers[0].device.type == "mps" else torch.float64
+    each = torch._foreach_norm(buffers, 2, exact)
     norms = torch.stack([n.to(each[0]) for n in each]).view(-1, parts).norm(dim=1)
     factors = -torch.where(norms > 0, norms, torch.ones_like(norms)).reciprocal()
     pairs = zip(factors.repeat_interleave(parts), buffers, strict=True)
