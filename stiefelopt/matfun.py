@@ -20,8 +20,6 @@ from .transforms import host_can_look, is_differentiated
 # Iterations of the scaled coupled iteration that turn any condition number up to about 1e4 into full float32
 # accuracy; used where the host must not look at the data.
 BLIND_ITERATIONS = 16
-# The largest entry up to which a matrix is solved with by its normal equations: they bring 1e-14 times its square.
-LARGE_ACCRETIVE = 10.0
 
 Eigen = tuple[Tensor, Tensor]  # eigenvalues, ascending, and eigenvectors
 
@@ -138,20 +136,24 @@ def cholesky_inverse_increment(g: Tensor) -> Tensor:
 def accretive_inverse(a: Tensor) -> Tensor:
     """a^(-1) for a + a^T >= 2 I, as (a^T a)^(-1) a^T with a Cholesky factor.
 
-    Squaring the condition number costs little while a is near I: the caller computes in float64, and no singular value
-    is below 1. Where the host sees that a is large, by QR, twice the price. An LU would do with a third of the work,
-    but oneMKL's batched one fails and then hangs on two threads from p = 256 on (torch 2.13: "Parameter 6 was incorrect
-    on entry to DLASWP").
+    Squaring the condition number costs nothing near I: the caller computes in float64, and no singular value is below
+    1. An LU would do with a third of the work, but oneMKL's batched one fails and then hangs on two threads from
+    p = 256 on (torch 2.13: "Parameter 6 was incorrect on entry to DLASWP").
 
     Args:
         a: (*b, p, p).
-
-    Accuracy: eps times the condition number of a, on an accelerator times its square.
     """
-    if host_can_look(a) and a.numel() and bool(a.detach().abs().amax() > LARGE_ACCRETIVE):
-        q, r = torch.linalg.qr(a)
-        return torch.linalg.solve_triangular(r, q.mT, upper=True)
     return torch.cholesky_solve(a.mT, torch.linalg.cholesky_ex(a.mT @ a).L)
+
+
+def qr_inverse(a: Tensor) -> Tensor:
+    """a^(-1) to eps times its condition number, where `accretive_inverse` has its square; twice the price.
+
+    Args:
+        a: (*b, p, p), not singular.
+    """
+    q, r = torch.linalg.qr(a)
+    return torch.linalg.solve_triangular(r, q.mT, upper=True)
 
 
 def symmetric_root(eigen: Eigen) -> Tensor:

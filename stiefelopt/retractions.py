@@ -42,6 +42,7 @@ from .matfun import (
     expm,
     inverse_sqrt_increment,
     norm,
+    qr_inverse,
     rough_distance_from_identity,
     spectral_bound,
 )
@@ -71,6 +72,7 @@ class Retraction:
         radius: largest ||u||_2 that it accepts; beyond it StepError.
         equivariance: "both" if R(p x q, p u q) = p R(x, u) q for orthogonal p and q, else "left".
         variants: the small part for each metric, where the metric decides (exp).
+        far: the small part where ||u||_2 is seen to be large, if another one is right there; of the form "gram".
     """
 
     name: str
@@ -80,6 +82,7 @@ class Retraction:
     radius: float = math.inf
     equivariance: str = "both"
     variants: Mapping[str, Callable[..., object]] = field(default_factory=dict, hash=False, repr=False)
+    far: Callable[..., object] | None = field(default=None, repr=False)
 
     @full_precision
     def __call__(self, x: Tensor, u: Tensor, *, metric: str | None = None) -> Tensor:
@@ -176,6 +179,8 @@ def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> lis
     c, w, q = grams((xs, xs), (xs, us), (us, us), reduce=reduce)
     far = distance_from_identity(q + identity_like(q))
     _check_radius(r, far)
+    if far is not None and far > FAR and r.far is not None:
+        r = replace(r, function=r.far, far=None)
     if far is not None and far > FAR and q.dtype == torch.float32:
         # float32 Grams of so long a step are blind to x.
         ys = _apply_gram(r, [x.double() for x in xs], [u.double() for u in us], reduce)
@@ -305,12 +310,23 @@ def qr(g: Tensor) -> Tensor:
     return cholesky_inverse_increment(g)
 
 
-@register("cayley", order={"euclidean": 1, "canonical": 2})
-def cayley(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _cayley(w: Tensor, q: Tensor, inverse: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Cayley transform of the tangent vector's skew matrix, one p x p solve (Wen & Yin 2013)."""
     eye = identity_like(w)
-    b = accretive_inverse(eye - 0.5 * w + 0.25 * (q - w.mT @ w))
+    b = inverse(eye - 0.5 * w + 0.25 * (q - w.mT @ w))
     return (2 * eye - w) @ b - eye, b
+
+
+cayley = _registry.add(
+    "cayley",
+    Retraction(
+        "cayley",
+        "gram",
+        partial(_cayley, inverse=accretive_inverse),
+        {"euclidean": 1, "canonical": 2},
+        far=partial(_cayley, inverse=qr_inverse),
+    ),
+)
 
 
 def _exponential(w: Tensor, q: Tensor, rate: float) -> tuple[Tensor, Tensor]:
