@@ -57,7 +57,7 @@ def square(a: Tensor, size: float, allowed: float) -> Tensor:
         a: (*b, p, p), symmetric.
         size: max ||a||_F.
 
-    Cost: one product of p x p, little more than half of it where wide and float32; bfloat16 tried in vain adds a third.
+    Cost: one product of p x p, little more than half of it where wide; bfloat16 tried in vain adds a third.
     """
     # Rounding errors are about half a unit, and ||a^2||_F is about 2 ||a||_F^2 / p^(1/2), at least half of that.
     if pays(a) and UNIT * size * size <= allowed * a.shape[-1] ** 0.5:
