@@ -161,7 +161,8 @@ class Bucket:
         manifold: Any = self.manifold
         rates = [stack.rate() for stack in self.stacks]
         if self._placement.direction == "spectral":
-            self._warn_of_lost_directions()
+            if not self.stacks[0].unit_steps:
+                self._warn_of_lost_directions()
             overlap = manifold.stacked_spectral(self.xs, self.work, overlap, rates, **self._sharded)
         if self._placement.manifold_decay:
             shares = [stack.slots[0].placement.manifold_decay for stack in self.stacks]

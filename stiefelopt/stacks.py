@@ -71,6 +71,8 @@ class Stack:
         self.slots = slots
         self.params = [s.p for s in slots]
         self._optimizer = optimizer
+        # Riemannion's inner optimizer says so of itself: rounding cannot take the direction of its steps.
+        self.unit_steps = bool(getattr(optimizer, "unit_steps", False))
         self._masters = Masters(self.params, optimizer) if self.params[0].dtype in HALF else None
         self._shards = shards
         p = self.params[0]

@@ -94,6 +94,8 @@ def _as_groups(groups: Any) -> list[Mapping[str, Any]]:
 class _HeavyBallAndAdamW(AdamW):
     """SGD with momentum for the groups with a manifold, AdamW for the others, in one state."""
 
+    unit_steps = True  # where only their direction counts, see `_steps`
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the wrapper has evaluated the closure."""
