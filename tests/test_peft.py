@@ -798,17 +798,18 @@ def test_stock_lora_loads_what_is_exported(
 
 @both
 def test_one_of_several_adapters_is_exported(config: Config, tmp_path: Path) -> None:
-    model, a, b = two(config, tmp_path)
+    model, *_ = two(config, tmp_path)
+    # In float64, without what float32 does inside our model.
     exact = {"a": logits(copy.deepcopy(model).double())}
     model.set_adapter("b")
     exact["b"] = logits(copy.deepcopy(model).double())
     model.set_adapter("a")
     export_lora(model, tmp_path / "active")
     export_lora(model, tmp_path / "named", adapter_name="b")
-    for name, where, expected in (("a", "active", a), ("b", "named", b)):
+    for name, where in (("a", "active"), ("b", "named")):
         loaded = PeftModel.from_pretrained(llama(), tmp_path / where)
-        near(logits(loaded), expected, 1e-5)
-        near(logits(loaded.double()), exact[name])  # without what float32 does inside both models
+        near(logits(loaded), exact[name].float(), 5e-6)
+        near(logits(loaded.double()), exact[name])
     with pytest.raises(UnknownNameError, match="'c'; there are 'a', 'b'"):
         export_lora(model, tmp_path / "none", adapter_name="c")
     model.base_model.set_adapter(["a", "b"])
