@@ -58,7 +58,7 @@ def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None, *, out: Tensor | None
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x^T y of stacks; by halves where it is x^T x, and wide."""
+    """x^T y of stacks; by blocks where it is x^T x, and wide."""
     if x is not y or x.shape[-1] < 2 * BLOCK or not _may_write(x):
         return torch.bmm(x.mT, y, out=out)
     if out is None:

@@ -129,20 +129,24 @@ class ManifoldStep:
         orientation = resolve_orientation(placement, [p.shape for p in group["params"]])
         group.update(manifold=_plain(placement.manifold), orientation=orientation)
 
+    @property
+    def _couples_decay(self) -> bool:
+        """Whether it is known to add weight decay to the gradient."""
+        cls = type(self.optimizer)
+        return cls.__module__.startswith("torch.optim") and cls.__name__ in _COUPLED
+
     def _check_decay(self, group: Mapping[str, Any], index: int) -> None:
         decay = _coupled_decay(group)
         if not decay:
             return
         cls = type(self.optimizer)
-        if cls.__module__.startswith("torch.optim"):
-            if cls.__name__ in _COUPLED:
-                raise ConfigError(
-                    f"group {index} has weight_decay={decay:g}, which {cls.__name__} adds to the "
-                    "gradient (coupled L2): on "
-                    f"a manifold it only disturbs the moments. Set weight_decay=0 for this group, or use AdamW, whose "
-                    f"decoupled decay the projection removes."
-                )
-        elif not self._warned:
+        if self._couples_decay:
+            raise ConfigError(
+                f"group {index} has weight_decay={decay:g}, which {cls.__name__} adds to the gradient (coupled L2): on "
+                f"a manifold it only disturbs the moments. Set weight_decay=0 for this group, or use AdamW, whose "
+                f"decoupled decay the projection removes."
+            )
+        if not (self._warned or cls.__module__.startswith("torch.optim")):
             self._warned = True
             warnings.warn(
                 f"group {index} has weight_decay={decay:g}; if {cls.__name__} adds it to the gradient, it disturbs the "
@@ -152,9 +156,8 @@ class ManifoldStep:
 
     def check_saved(self, state: Mapping[str, Any]) -> None:
         """Refuse what `adopt` would refuse in a group's own settings, before they are loaded."""
-        for i, (group, saved) in enumerate(
-            zip(self.optimizer.param_groups, state.get("param_groups", ()), strict=False)
-        ):
+        groups = zip(self.optimizer.param_groups, _saved_groups(state), strict=False)
+        for i, (group, saved) in enumerate(groups):
             if _points(group, i):
                 self._check_decay(saved, i)
 
@@ -227,16 +230,13 @@ class ManifoldStep:
         """What was checked, and what the buckets were made from. Shapes and dtypes show when they are gathered."""
         return [
             (
-                {**settings_of(group), "weight_decay": self._refusable_decay(group)},
+                # A decay that may be refused; what is decoupled a schedule may change freely.
+                {**settings_of(group), "weight_decay": self._couples_decay and _coupled_decay(group)},
                 [p for p in group["params"] if p.grad is not None],
             )
             for group in self.optimizer.param_groups
             if group.get("manifold") is not None or any(map(may_carry, group["params"]))
         ]
-
-    def _refusable_decay(self, group: Mapping[str, Any]) -> float:
-        """What `_check_decay` looks at; 0 where a schedule may change it freely."""
-        return _coupled_decay(group) if type(self.optimizer).__name__ in _COUPLED else 0.0
 
     # The step
 

@@ -179,12 +179,11 @@ def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> lis
     c, w, q = grams((xs, xs), (xs, us), (us, us), reduce=reduce)
     far = distance_from_identity(q + identity_like(q))
     _check_radius(r, far)
-    if far is not None and far > FAR and r.far is not None:
-        r = replace(r, function=r.far, far=None)
-    if far is not None and far > FAR and q.dtype == torch.float32:
-        # float32 Grams of so long a step are blind to x.
-        ys = _apply_gram(r, [x.double() for x in xs], [u.double() for u in us], reduce)
-        return [y.float() for y in ys]
+    if far is not None and far > FAR:
+        if q.dtype == torch.float32:  # Grams of so long a step are blind to x
+            ys = _apply_gram(r, [x.double() for x in xs], [u.double() for u in us], reduce)
+            return [y.float() for y in ys]
+        r = replace(r, function=r.far or r.function)
     # The small matrices in float64: it costs next to nothing and removes most of the noise.
     small = [m.double() for m in (c, w, q)]
     a, b = r.coefficients(small[1], small[2])

@@ -369,9 +369,8 @@ class LowRankLinear(nn.Module):
     def _refine(self, *was: torch.dtype) -> None:
         """Make U and V orthonormal to their own precision, where they were to that of these dtypes and no more."""
         for p, dtype in zip((self.U, self.V), was, strict=True):
-            if is_distributed(p) or p.is_meta or tolerance(dtype, *p.shape) <= tolerance(p.dtype, *p.shape):
-                continue
-            if tolerance(p.dtype, *p.shape) < Stiefel().residual(p) <= tolerance(dtype, *p.shape):
+            now, then = (tolerance(d, *p.shape) for d in (p.dtype, dtype))
+            if now < then and not (is_distributed(p) or p.is_meta) and now < Stiefel().residual(p) <= then:
                 p.copy_(Stiefel().project_point(p))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
