@@ -233,6 +233,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
     found = []
     for prefix, module in model.named_modules():
         said = declared(module)
+        _check_present(prefix or type(module).__name__, module, said)
         exempt = isinstance(module, _NORMS) or "norm" in type(module).__name__.lower()
         for leaf, p in module._parameters.items():
             if p is not None:
@@ -242,6 +243,17 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
     order = {id(p): keys for _, p, keys in found if keys.get("manifold")}
     for name, p, keys in found:
         yield name, p, keys if keys.get("manifold") else order.get(id(p), keys)
+
+
+def _check_present(label: str, module: nn.Module, said: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a module one of whose constrained parameters has gone, and another may have come in its place."""
+    gone = [leaf for leaf, keys in said.items() if keys.get("manifold") and leaf not in module._parameters]
+    if gone:
+        raise ConfigError(
+            f"{', '.join(gone)} of {label} was put on a manifold and is no parameter of it any more (prune, "
+            f"parametrize, weight_norm, FSDP's flat parameters, del?): what has taken its place would be trained "
+            f"without its constraint. Undo that, or make the module anew."
+        )
 
 
 def _carried_keys(p: Tensor) -> dict[str, Any]:

@@ -44,14 +44,15 @@ def steps_elementwise(optimizer: Optimizer) -> bool:
     step = vars(optimizer).get("step")
     # A scheduler patches the step to count it, no more.
     patched = step is not None and not getattr(step, "_wrapped_by_lr_sched", False)
+    if type(optimizer) not in ELEMENTWISE or patched or torch.compiler.is_compiling():
+        return False
     hooks = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
         getattr(torch_optimizer, "_global_optimizer_pre_hooks", None),
         getattr(torch_optimizer, "_global_optimizer_post_hooks", None),
     )
-    compiling = torch.compiler.is_compiling()
-    return type(optimizer) in ELEMENTWISE and not (patched or compiling or any(hooks))
+    return not any(hooks)
 
 
 def saves_time(params: Sequence[Tensor]) -> bool:
@@ -191,9 +192,12 @@ class JointStep:
         self._own: list[tuple[dict[str, Any], list[Tensor]]] = []
         stand_in: dict[int, list[Tensor]] = {id(p): [] for joint in joints for p in joint.params}
         stand_in.update({id(joint.params[0]): joint.wholes for joint in joints})
-        self._lists = [
-            [q for p in group["params"] for q in stand_in.get(id(p), [p])] for group in optimizer.param_groups
-        ]
+        # Groups by index: those without a joint are the user's, who may change them between steps.
+        self._lists = {
+            i: [q for p in group["params"] for q in stand_in.get(id(p), [p])]
+            for i, group in enumerate(optimizer.param_groups)
+            if any(id(p) in stand_in for p in group["params"])
+        }
 
     def enter(self) -> bool:
         """Let the optimizer see the joints; False, and nothing has changed, where it must see each parameter."""
@@ -204,7 +208,8 @@ class JointStep:
                 self.leave()
                 return False
             self._entered.append(joint)
-        for group, params in zip(self._optimizer.param_groups, self._lists, strict=True):
+        for i, params in self._lists.items():
+            group = self._optimizer.param_groups[i]
             self._own.append((group, group["params"]))
             group["params"] = params
         return True

@@ -32,8 +32,8 @@ Settings = dict[str, Any]
 
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> object:
     """The parameter's name where the group is named, else (group, index)."""
-    names = group.get("param_names")
-    return names[index] if names else (group_index, index)
+    names = group.get("param_names") or ()
+    return names[index] if index < len(names) else (group_index, index)
 
 
 def settings_of(group: Mapping[str, Any]) -> Settings:
@@ -230,11 +230,16 @@ class ManifoldStep:
         """What was checked, and what the buckets were made from. Shapes and dtypes show when they are gathered."""
         return [
             (
-                # A decay that may be refused; what is decoupled a schedule may change freely.
-                {**settings_of(group), "weight_decay": self._couples_decay and _coupled_decay(group)},
+                # The index: slots and joints know their group by it. A decay that may be refused; what is decoupled
+                # a schedule may change freely.
+                {
+                    **settings_of(group),
+                    "index": i,
+                    "weight_decay": self._couples_decay and _coupled_decay(group),
+                },
                 [p for p in group["params"] if p.grad is not None],
             )
-            for group in self.optimizer.param_groups
+            for i, group in enumerate(self.optimizer.param_groups)
             if group.get("manifold") is not None or any(map(may_carry, group["params"]))
         ]
 

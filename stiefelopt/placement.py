@@ -206,6 +206,11 @@ def check_point(label: object, params: Sequence[Tensor], placement: Placement) -
     """
     for i, p in enumerate(params):
         check_parameter_shape(label, p, placement.of_part(i))
+        if p.is_meta:
+            raise ConfigError(
+                f"{name_of(label)} is on the meta device and has no values yet: materialize the model first (to_empty, "
+                f"then reset_parameters or a checkpoint), and make the optimizer after that."
+            )
     manifold: Any = placement.manifold
     try:
         if sharding_of(label, params, placement) is None:
@@ -342,7 +347,8 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
     if long_side < max(rows, columns) and not placement.manifold.wide:
         raise ShapeError(
             f"{name} is {rows} x {columns}, and {min(rows, columns)} orthonormal {placement.orientation} at most fit: "
-            f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out."
+            f"use orientation='{'rows' if rows < columns else 'columns'}', or leave it out, in a group "
+            f"of its own (a group's orientation is settled by its first parameters)."
         )
     like = torch.empty(placement.tall_shape(p.shape), dtype=p.dtype, device="meta")
     check_matrix(name, like, wide=placement.manifold.wide)

@@ -87,6 +87,7 @@ class Stack:
         self._shape = p.shape if shards is not None and shards.is_gathered else here[0].shape
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
         self._dense = self._flipped or all(t.is_contiguous() for t in here)
+        self._strides = [t.stride() for t in here]
         join = join and self._dense and shards is None and self._masters is None and p.device.type == "cpu"
         join = join and saves_time(self.params)
         self._spaces = self._space(), self._space()
@@ -155,6 +156,8 @@ class Stack:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
         if (self.params[0].dtype, self.params[0].shape) != self._kind:
             raise RuntimeError("the parameters' dtype or shape has changed")
+        if not self.joints and self._strides != [t.stride() for t in self._here(self.params)]:
+            raise RuntimeError("the parameters' memory layout has changed")
         self._points, self._work = self._spaces
         self._gather(self._masters.values() if self._masters else self.params, self._points.whole)
         self._found_grads = [p.grad for p in self.params]
@@ -193,9 +196,11 @@ class Stack:
         """Give every parameter its own gradient, and its own precision, back."""
         if not self._own_grads:
             return
+        # An optimizer that clears the gradients it has used means the user's.
+        cleared = [kept and p.grad is None for p, kept in zip(self.params, self._kept, strict=True)]
         self._stepped = self._masters.leave() if self._masters else self.params
-        for p, grad in zip(self.params, self._own_grads, strict=True):
-            p.grad = grad
+        for p, grad, gone in zip(self.params, self._own_grads, cleared, strict=True):
+            p.grad = None if gone else grad
         self._own_grads, self._found_grads = [], []
 
     def load_moved(self) -> None:
@@ -302,7 +307,8 @@ class Stack:
 
     def _versions(self) -> int:
         """Changes whenever a lent gradient is written to; views of one workspace count together."""
-        return self._parts[0]._version if self._dense else sum(t._version for t in self._parts)
+        parts = self._parts[:1] if self._dense else self._parts
+        return sum(0 if t.is_inference() else t._version for t in parts)
 
 
 def is_flipped(p: Tensor) -> bool:

@@ -32,7 +32,13 @@ def check_optimizer(optimizer: object) -> Optimizer:
         raise ConfigError("the optimizer is wrapped already; add further groups with add_param_group.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}.")
-    pre_hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ConfigError(
+            "differentiable=True asks for derivatives through the step, and points are written back in place: leave it "
+            "out, and differentiate manifold.retract(x, u) yourself."
+        )
+    # An optimizer around another may never have called Optimizer.__init__.
+    pre_hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), AttachedHooks) for hook in pre_hooks):
         raise ConfigError(
             "the optimizer is attached already, and would be converted twice; call handle.remove() first."
@@ -159,7 +165,11 @@ class RiemannianWrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as torch does."""
-        self.optimizer.zero_grad(set_to_none)
+        # Not every optimizer's zero_grad takes an argument; where it is torch's default there is nothing to say.
+        if set_to_none:
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with or without a manifold, after the same checks as in the constructor."""
@@ -204,6 +214,7 @@ class RiemannianWrapper(Optimizer):
         Raises:
             ConfigError: a saved group has coupled weight decay, and its live one is on a manifold.
         """
+        state_dict = state_dict.copy()  # as in torch: hooks may write to it
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -288,7 +299,8 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
     GradScaler unscales before the step, also for fused optimizers, and ``load_state_dict`` keeps the live manifolds,
     with a warning. torch runs no hook when a step raises: points and gradients are then put back by what comes first,
     the next step, ``state_dict`` or ``load_state_dict``, or the handle's ``residuals`` or ``remove``. Gradients
-    computed and points loaded in between are kept.
+    computed and points loaded in between are kept. Hooks stay behind when an optimizer is copied or pickled: attach to
+    the copy.
 
     Args:
         optimizer: as for the wrapper. Its step must be called without a closure: hooks cannot run between
@@ -298,6 +310,11 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
     Returns:
         A handle with ``remove()`` and ``residuals()``.
     """
-    core = ManifoldStep(check_optimizer(optimizer))
+    if not hasattr(check_optimizer(optimizer), "_optimizer_step_pre_hooks"):
+        raise ConfigError(
+            f"{type(optimizer).__name__} never called Optimizer.__init__ and has no hooks to attach to: use "
+            f"RiemannianWrapper(optimizer), or attach to the optimizer inside it."
+        )
+    core = ManifoldStep(optimizer)
     core.adopt_all(None if manifold is None else from_spec(manifold))
     return AttachHandle(AttachedHooks(optimizer, core))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import AdamW
 
 from stiefelopt import (
@@ -493,3 +494,22 @@ def test_a_weight_with_nan_cannot_be_projected() -> None:
         constrain(module, "weight", Stiefel())
     constrain(module, "weight", Stiefel(), init="random")
     assert residual(module.weight) < 2e-6
+
+
+def pruned(linear: nn.Linear) -> None:
+    prune.random_unstructured(linear, "weight", 0.1)
+
+
+def renamed(linear: nn.Linear) -> None:
+    weight = linear.weight
+    del linear.weight
+    linear.other = weight
+
+
+@pytest.mark.parametrize("change", [pruned, renamed, torch.nn.utils.parametrizations.weight_norm])
+def test_a_declared_parameter_that_has_gone_is_refused(change: Callable[[nn.Linear], Any]) -> None:
+    linear = nn.Linear(3, 12)
+    constrain(linear, "weight", Stiefel())
+    change(linear)
+    with pytest.raises(ConfigError, match=r"weight of \w*Linear was put on a manifold"):
+        param_groups(linear)

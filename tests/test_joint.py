@@ -354,3 +354,46 @@ def test_state_that_somebody_else_holds_a_view_of_stays_where_it_is() -> None:
     block.dissolve()
     whole += 1
     assert same(own, [v + 1 for v in values])
+
+
+def changed_groups(params: list[nn.Parameter], how: str, optimizer: Any, extra: nn.Parameter) -> None:
+    """What a user may do to the groups between steps."""
+    groups = optimizer.param_groups
+    if how == "a group added":
+        optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    elif how == "a free parameter replaced":
+        groups[-1]["params"] = [extra]
+    elif how == "a free parameter added":
+        groups[-1]["params"].append(extra)
+    elif how == "a free group emptied":
+        groups[-1]["params"].clear()
+    elif how == "groups reordered":
+        groups.reverse()
+    elif how == "a group removed":
+        del groups[1]
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("a group added", "a free parameter replaced", "a free parameter added", "a free group emptied"),
+        *("groups reordered", "a group removed"),
+    ],
+)
+def test_groups_may_change_between_steps(cls: type[torch.optim.Optimizer], how: str) -> None:
+    """The joined steps are those of parameters kept apart, whose groups the optimizer reads as they are."""
+    runs = []
+    for apart in (False, True):
+        params, extra = points(), nn.Parameter(torch.zeros(3))
+        optimizer = wrapped(params, cls, {})
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = 0.01 * (i + 1)
+        if apart:
+            optimizer.optimizer.register_step_pre_hook(lambda *_: None)
+        train([*params, extra], optimizer, range(2))
+        assert is_joined(optimizer) != apart
+        changed_groups(params, how, optimizer, extra)
+        train([*params, extra], optimizer, range(2, 4))
+        runs.append([*params, extra])
+    assert same(*([p.detach() for p in run] for run in runs))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from stiefelopt import (
     USV,
@@ -712,3 +712,58 @@ def test_hooks_of_the_inner_optimizer_run_once() -> None:
     optimizer.step()
     assert calls == ["before", "after"]
     assert bool((bias != 0).all())
+
+
+def test_a_scheduler_cycles_the_momentum_of_the_heavy_ball() -> None:
+    x = nn.Parameter(Stiefel().random_point(8, 3, generator=torch.Generator().manual_seed(0)))
+    optimizer = Riemannion([{"params": [x], "manifold": Stiefel()}], lr=LR)
+    inner = RiemannianWrapper(SGD([{"params": [x], "manifold": Stiefel()}], lr=LR, momentum=0.9))
+    schedules = [OneCycleLR(o, 0.1, total_steps=6) for o in (optimizer, inner)]
+    for _ in range(5):
+        x.grad = torch.ones_like(x)
+        for o, schedule in zip((optimizer, inner), schedules, strict=True):
+            o.step()
+            schedule.step()
+        assert optimizer.param_groups[0]["momentum"] == inner.param_groups[0]["momentum"]
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_takes_further_groups(copied: Callable[[Riemannion], Riemannion]) -> None:
+    x, _, _ = problem()
+    twin = copied(Riemannion([group_of(triple(x))], lr=LR, momentum=0.5, weight_decay=DECAY))
+    twin.add_param_group(group_of(triple(x)))
+    first, second = twin.param_groups
+    assert (
+        (second["momentum"], second["manifold_decay"])
+        == (first["momentum"], first["manifold_decay"])
+        == (0.5, DECAY)
+    )
+
+
+def test_a_group_may_leave_its_manifold_and_a_state_may_be_adamws() -> None:
+    x = nn.Parameter(Stiefel().random_point(8, 3, generator=torch.Generator().manual_seed(0)))
+    optimizer = Riemannion([{"params": [x], "manifold": Stiefel()}], lr=LR)
+    saved = AdamW([{"params": [x]}], lr=LR).state_dict()
+    for step in range(4):
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+        if step == 0:
+            with pytest.warns(UserWarning, match="the live choice is kept"):
+                optimizer.load_state_dict(saved)
+        if step == 1:
+            optimizer.param_groups[0]["manifold"] = None
+    assert set(optimizer.state[x]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_block_adam_takes_complex_parameters_as_pairs_of_real_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    c = nn.Parameter(torch.randn(4, dtype=torch.complex128, generator=generator))
+    r = nn.Parameter(torch.view_as_real(c.detach()).clone())
+    optimizers = [BlockAdam([p], lr=0.1) for p in (c, r)]
+    for _ in range(5):
+        c.grad = torch.randn(4, dtype=torch.complex128, generator=generator)
+        r.grad = torch.view_as_real(c.grad).clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(torch.view_as_real(c.detach()), r.detach(), rtol=0, atol=1e-14)

@@ -2081,3 +2081,109 @@ def test_the_inner_optimizer_gets_the_loss_once():
     with pytest.raises(StepError, match="more than once"):
         wrapper.step(closure)
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("wrap", [RiemannianWrapper, attach])
+def test_a_direction_takes_the_rate_of_its_group_wherever_that_stands(wrap: Wrap) -> None:
+    x, free = parameter(8, 3), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    spectral = {"params": [x], "manifold": Stiefel(), "direction": "spectral", "lr": 0.01}
+    optimizer = SGD([{"params": [free], "lr": 1.0}, spectral], lr=0.1)
+    wrapped = wrap(optimizer)
+    steps = optimizer if wrap is attach else wrapped
+    moved = []
+    for change in (lambda: None, optimizer.param_groups.reverse, optimizer.param_groups.pop):
+        change()
+        x.grad, before = point(8, 3, seed=1), x.detach().clone()
+        steps.step()
+        moved.append((x.detach() - before).norm().item())
+    assert max(moved) < 0.03
+
+
+class Around(Optimizer):
+    """An optimizer around another that never calls Optimizer.__init__, and whose zero_grad takes nothing."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        self.inner.zero_grad()
+
+
+def test_an_optimizer_around_another_may_have_no_hooks() -> None:
+    x, y = parameter(8, 3), parameter(8, 3)
+    around = Around(SGD([{"params": [x], "manifold": Stiefel()}], lr=0.1))
+    with pytest.raises(ConfigError, match="never called"):
+        attach(around)
+    optimizers = [
+        RiemannianWrapper(o) for o in (around, SGD([{"params": [y], "manifold": Stiefel()}], lr=0.1))
+    ]
+    for p, optimizer in zip((x, y), optimizers, strict=True):
+        p.grad = point(8, 3, seed=1)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert p.grad is None
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_point_may_change_its_memory_layout_between_steps(fused: bool) -> None:
+    """Stateless: with moments in the old layout torch's own fused kernels go wrong."""
+    x, y = parameter(12, 3), parameter(12, 3)
+    optimizers = [
+        RiemannianWrapper(SGD([{"params": [p], "manifold": Stiefel()}], lr=0.1, fused=fused)) for p in (x, y)
+    ]
+    for step in range(3):
+        for p, optimizer in zip((x, y), optimizers, strict=True):
+            p.grad = point(12, 3, seed=step)
+            optimizer.step()
+        if step == 0:
+            x.data = x.data.mT.contiguous().mT
+    assert torch.allclose(x, y, rtol=0, atol=1e-14)
+
+
+def test_what_cannot_be_stepped_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="differentiable"):
+        RiemannianWrapper(AdamW([{"params": [parameter(8, 3)], "manifold": Stiefel()}], differentiable=True))
+    meta = nn.Parameter(torch.empty(8, 3, device="meta"))
+    with pytest.raises(ConfigError, match="meta device"):
+        RiemannianWrapper(SGD([{"params": [meta], "manifold": Stiefel()}], lr=0.1))
+
+
+def test_a_hook_that_edits_a_state_before_it_is_loaded_edits_a_copy() -> None:
+    optimizer = RiemannianWrapper(SGD([{"params": [parameter(8, 3)], "manifold": Stiefel()}], lr=0.1))
+    saved = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: state.update(state={}, extra=1))
+    optimizer.load_state_dict(saved)
+    assert "extra" not in saved
+
+
+def test_a_step_in_inference_mode_and_a_name_for_a_parameter_added_by_hand() -> None:
+    x, y = parameter(8, 3), parameter(8, 3)
+    x.grad, y.grad = point(8, 3, seed=1), point(8, 3, seed=1)
+    optimizer = RiemannianWrapper(SGD([{"params": [("x", x)], "manifold": Stiefel()}], lr=0.1))
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.param_groups[0]["params"].append(y)
+    optimizer.step()
+    assert set(optimizer.residuals()) == {"x", (0, 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_that_clears_the_gradients_it_has_used_clears_the_users(dtype: torch.dtype) -> None:
+    class Clearing(SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            self.zero_grad()
+            return loss
+
+    x = parameter(8, 3, dtype=dtype)
+    x.grad = torch.ones_like(x)
+    RiemannianWrapper(Clearing([{"params": [x], "manifold": Stiefel()}], lr=0.1)).step()
+    assert x.grad is None

@@ -60,14 +60,16 @@ class BlockAdam(Optimizer):
 def _step(p: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     # In half precision ||g||^2 would overflow, its average stall and eps be 0.
     dtype = compute_dtype(p.dtype)
+    real = dtype.to_real()
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(p)
-        state["norm_sq"] = torch.zeros((), dtype=dtype, device=p.device)
+        state["norm_sq"] = torch.zeros((), dtype=real, device=p.device)
     b1, b2 = group["betas"]
     state["step"] += 1
     k = state["step"].item()
     state["exp_avg"].lerp_(g, 1 - b1)
-    state["norm_sq"] = state["norm_sq"].to(dtype).lerp_(whole(g.to(dtype).square().sum()), 1 - b2)
+    square = whole(g.to(dtype).abs().square().sum())
+    state["norm_sq"] = state["norm_sq"].to(real).lerp_(square, 1 - b2)
     root = (state["norm_sq"] / (1 - b2**k)).sqrt() + group["eps"]
     p.sub_(state["exp_avg"] * (float(group["lr"]) / ((1 - b1**k) * root)))

@@ -30,8 +30,9 @@ class Riemannion(RiemannianWrapper):
     Args:
         groups: as from `stiefelopt.param_groups`, which may set ``lr`` for each group.
         lr: default learning rate: on manifold groups the spectral norm of a step.
-        momentum: of the heavy ball.
-        weight_decay: decoupled; of fixed-rank matrices W, and of AdamW's groups, where these set none themselves.
+        momentum: of the heavy ball; what OneCycleLR and CyclicLR cycle.
+        weight_decay: decoupled; of fixed-rank matrices W, where their group sets neither ``weight_decay`` nor
+            ``manifold_decay`` (0 there: none), and of AdamW's groups, where these set none themselves.
         betas: of AdamW.
         eps: of AdamW.
         nonfinite: as in `RiemannianWrapper`.
@@ -53,16 +54,15 @@ class Riemannion(RiemannianWrapper):
     ) -> None:
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum is {momentum!r}; a number in [0, 1) is needed.")
+        self._momentum = momentum
         prepared = [self._prepared(group, weight_decay) for group in _as_groups(groups)]
-        inner = _HeavyBallAndAdamW(prepared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        for group in inner.param_groups:
-            group.setdefault("momentum", momentum)
-        self._momentum, self._decay = momentum, weight_decay
-        super().__init__(inner, nonfinite=nonfinite)
+        super().__init__(
+            _HeavyBallAndAdamW(prepared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+            nonfinite=nonfinite,
+        )
 
-    @staticmethod
-    def _prepared(group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
-        group = dict(group)
+    def _prepared(self, group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
+        group = {"momentum": self._momentum, **group}
         if group.get("manifold") is None:
             return group
         group.setdefault("direction", "spectral")
@@ -70,12 +70,34 @@ class Riemannion(RiemannianWrapper):
             group.setdefault("manifold_decay", group.get("weight_decay") or weight_decay)
         return {**group, "weight_decay": 0.0}
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's, with momentum for betas: schedulers that cycle either then reach the heavy ball."""
+        known = {name: value for name, value in self.optimizer.defaults.items() if name != "betas"}
+        return {**known, "momentum": self._momentum}
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with or without a manifold."""
-        group = self._prepared(param_group, self._decay) if isinstance(param_group, dict) else param_group
-        if isinstance(group, dict):
+        known = isinstance(param_group, dict)
+        decay = self.defaults["weight_decay"]
+        super().add_param_group(self._prepared(param_group, decay) if known else param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, which may be AdamW's."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
             group.setdefault("momentum", self._momentum)
-        super().add_param_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "momentum": self._momentum}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._momentum = state["momentum"]
+        super().__setstate__(state)
 
 
 def _as_groups(groups: Any) -> list[Mapping[str, Any]]:
@@ -105,9 +127,17 @@ class _HeavyBallAndAdamW(AdamW):
                 self._heavy_ball(group)
         try:
             self.param_groups = [group for group in every if group.get("manifold") is None]
+            self._forget_heavy_ball()
             return _adamw_step()(self, closure)
         finally:
             self.param_groups = every
+
+    def _forget_heavy_ball(self) -> None:
+        """A parameter whose group has lost its manifold begins AdamW's averages anew."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "momentum_buffer" in self.state.get(p, {}):
+                    del self.state[p]
 
     def _heavy_ball(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
