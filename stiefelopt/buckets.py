@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 
 from .distributed import RowSum, Shards, is_distributed
 from .errors import StepError
-from .gram import split, squared_norm
+from .gram import largest_entries, split, squared_norm
 from .manifolds.base import Carry
 from .placement import sharding_of
+from .retractions import OpenSum, close
 from .scratch import Scratch
 from .stacks import Point, Slot, Stack, is_flipped
 from .transforms import host_can_look
@@ -36,7 +37,9 @@ class Bucket:
     Where several parameters make a point, its stacks follow one another: U, S, V of one height, then of the next.
     """
 
-    def __init__(self, stacks: list[Stack], over: RowSum | None, scratch: Scratch) -> None:
+    def __init__(
+        self, stacks: list[Stack], over: RowSum | None, scratch: Scratch, *, looks: bool = False
+    ) -> None:
         self.stacks = stacks
         self._scratch = scratch
         self._over = over
@@ -46,7 +49,18 @@ class Bucket:
         self.manifold = self._placement.manifold
         self._parts = self.manifold.parts
         self._drift = max(stack.drift for stack in stacks)
-        self._limit = torch.finfo(self.xs[0].dtype).max / (4 * self.xs[0].shape[-1])
+        largest = torch.finfo(self.xs[0].dtype).max
+        self._limit = largest / (4 * self.xs[0].shape[-1])
+        # Whether the host reads numbers in the step. Where it would have to wait for an accelerator it does not:
+        # what is not finite is replaced there, counted, and told later.
+        self._looks = looks or host_can_look(self.xs[0])
+        # Entries of moved points whose Grams cannot overflow.
+        entries = max(math.prod(x.shape[1:]) for x in self.xs) * (1 if over is None else over.ranks)
+        self._reach = largest**0.5 / (4 * max(1, entries) ** 0.5)
+        self._fine: Tensor | None = None
+        self.left: Tensor | None = (
+            None  # how often each point was left where it was; nothing where the host looks
+        )
 
     @property
     def xs(self) -> list[Tensor]:
@@ -61,11 +75,24 @@ class Bucket:
     def convert_gradients(self) -> list[Slot]:
         """Load points and gradients and make the gradients Riemannian; return the slots that are not finite.
 
-        Only workspaces change. x^T g shows every NaN and Inf of g, and bounds the products made from it.
+        Only workspaces change. x^T g shows every NaN and Inf of g, and bounds the products made from it. Where the
+        host does not look no slot is returned, and the optimizer sees zeros in the place of such a gradient.
         """
         for stack in self.stacks:
             stack.load()
-        return self._non_finite(self._make_riemannian(self.work))
+        small = self._make_riemannian(self.work)
+        if self._looks:
+            return self._non_finite(small)
+        self._fine = small.abs().amax((-2, -1)) <= self._limit
+        for stack, fine in self._by_stack(self._fine):
+            stack.work.masked_fill_(~fine, 0)
+        return []
+
+    def _by_stack(self, mask: Tensor) -> Iterator[tuple[Stack, Tensor]]:
+        """A mask (B,) of points in front of every stack that holds a part of them."""
+        for k, piece in enumerate(split(mask, self.xs[:: self._parts])):
+            for stack in self.stacks[k * self._parts : (k + 1) * self._parts]:
+                yield stack, piece.view(-1, *[1] * (stack.work.ndim - 1))
 
     def _make_riemannian(self, gs: Sequence[Tensor]) -> Tensor:
         """Overwrite gradients by Riemannian ones; returns small matrices in which NaN and Inf show."""
@@ -92,13 +119,30 @@ class Bucket:
             return []
         if bool(small.abs().amax() <= self._limit):
             return []
-        fine = (small.abs().amax((-2, -1)) <= self._limit).cpu()
+        return self._slots_where(small.abs().amax((-2, -1)) <= self._limit)
+
+    def _slots_where(self, fine: Tensor) -> list[Slot]:
+        """The parameters of points (B,) of which not all are fine."""
         bad = []
-        for k, piece in enumerate(split(fine, self.xs[:: self._parts])):
-            stacks = self.stacks[k * self._parts : (k + 1) * self._parts]
-            for i, ok in enumerate(piece.view(len(stacks[0].slots), -1).all(-1).tolist()):
-                bad += [] if ok else [stack.slots[i] for stack in stacks]
+        for stack, piece in self._by_stack(fine.cpu()):
+            oks = piece.view(len(stack.slots), -1).all(-1).tolist()
+            bad += [slot for slot, ok in zip(stack.slots, oks, strict=True) if not ok]
         return bad
+
+    def left_alone(self) -> list[Slot]:
+        """The parameters that steps have left where they were since this was asked last. Waits for the device."""
+        if self.left is None:
+            return []
+        bad = self._slots_where(self.left == 0)
+        self.left.zero_()
+        return bad
+
+    def _reset_unfit(self) -> None:
+        """Where the host does not look: let points that moved to NaN, or too far, not have moved."""
+        assert self._fine is not None
+        self._fine = self._fine & (self._largest(self.work) <= self._reach)
+        for stack, fine in self._by_stack(self._fine):
+            torch.where(fine, stack.work, stack.xs, out=stack.work)
 
     def move(self, *, skip_bad: bool, moments: Sequence[str] = ()) -> list[Slot]:
         """Bring the parameters from where the inner optimizer left them back to the manifold.
@@ -116,8 +160,10 @@ class Bucket:
         manifold: Any = self.manifold
         for stack in self.stacks:
             stack.load_moved()
+        if not self._looks:
+            self._reset_unfit()
         overlap = self._overlap()
-        bad = self._non_finite(overlap)
+        bad = self._non_finite(overlap) if self._looks else []
         if bad:
             if not skip_bad:
                 raise StepError(f"the inner optimizer moved {bad[0].label!r} to NaN or Inf")
@@ -132,12 +178,42 @@ class Bucket:
         if moments:
             carry = manifold.stacked_transporter(self.xs, self.work, scales, **self._sharded)
         ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift, **self._sharded)
+        if not self._looks:
+            ys = self._count_left(ys)
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
         if carry is not None:
             self._carry(carry.vectors, moments)
             self._carry(carry.variances, SECOND_MOMENTS)
         return bad
+
+    def _count_left(self, ys: Sequence[OpenSum]) -> Sequence[OpenSum]:
+        """Where the host does not look: the new points, the old ones in the place of those that are to stay.
+
+        Those decay, unless told here. A retraction that divides by singular values may make NaN of finite numbers.
+        """
+        assert self._fine is not None
+        if self._parts > 1:
+            news = close(ys)
+            self._fine = self._fine & (self._largest(news) < math.inf)
+            masks = self._by_stack(self._fine)
+            ys = [
+                (torch.where(fine, y, stack.xs), None) for (stack, fine), y in zip(masks, news, strict=True)
+            ]
+        if self.left is None:
+            self.left = torch.zeros_like(self._fine, dtype=torch.int32)
+        self.left += ~self._fine
+        return ys
+
+    def _largest(self, stacks: Sequence[Tensor]) -> Tensor:
+        """Above the largest entry of every point (B,), the same on all ranks; NaN where one is NaN."""
+        heights = range(0, len(stacks), self._parts)
+        sums = [
+            sum(map(largest_entries, stacks[k + 1 : k + self._parts]), largest_entries(stacks[k]))
+            for k in heights
+        ]
+        largest = torch.cat(sums)
+        return largest if self._over is None else self._over(largest)
 
     def squared_norms(self) -> tuple[float, float]:
         """||gradient||^2 and ||displacement||^2 of the last step, Frobenius, summed over the bucket.
@@ -206,9 +282,22 @@ class Bucket:
 
 
 def make_buckets(
-    points: Sequence[Point], optimizer: Optimizer, scratch: Scratch, *, join: bool = False
+    points: Sequence[Point],
+    optimizer: Optimizer,
+    scratch: Scratch,
+    *,
+    join: bool = False,
+    looks: bool = False,
 ) -> list[Bucket]:
-    """Sort points into buckets and their stacks, keeping the order of parameters within each; join as in `Stack`."""
+    """Sort points into buckets and their stacks, keeping the order of parameters within each.
+
+    Args:
+        points: the parameters that make each.
+        optimizer: their optimizer.
+        scratch: memory for all buckets.
+        join: as in `Stack`.
+        looks: whether the host reads numbers in the step though it must wait for them.
+    """
     families: dict[tuple[Any, ...], dict[object, list[Point]]] = {}
     for point in points:
         p, placement = point[0].p, point[0].placement
@@ -222,7 +311,12 @@ def make_buckets(
         rate = point[0].group if placement.needs_rate else None
         family.setdefault((placement, rate, height), []).append(point)
     return [
-        Bucket([stack for chunk in chunks for stack in _stacks(chunk, optimizer, join)], over, scratch)
+        Bucket(
+            [stack for chunk in chunks for stack in _stacks(chunk, optimizer, join)],
+            over,
+            scratch,
+            looks=looks,
+        )
         for (over, *_, device), heights in families.items()
         for chunks in _fill(heights.values(), device, 1 if over is None else over.ranks)
     ]

@@ -8,6 +8,7 @@ all heights form one batch ``(B, p, p)``, B the sum of the b, in the order of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -214,6 +215,13 @@ def _mask_or_none(mask: Tensor, reduce: Reduce | None) -> Tensor | None:
     if reduce is not None:  # set where it is set on all ranks
         mask = reduce((~mask).to(torch.float32)) == 0
     return mask if not host_can_look(mask) or bool(mask.any()) else None
+
+
+def largest_entries(stack: Tensor) -> Tensor:
+    """max |entry| of every matrix (or tensor) of a stack, (b,); NaN where one is NaN."""
+    if stack.numel() == 0:
+        return stack.new_zeros(len(stack))
+    return torch.linalg.vector_norm(stack, math.inf, dim=tuple(range(1, stack.ndim)))
 
 
 def subtract_points(xs: Tall, ms: Tall) -> None:

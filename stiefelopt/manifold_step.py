@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .alarm import Alarm
 from .buckets import Bucket, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .full_precision import full_precision
@@ -98,6 +99,7 @@ class ManifoldStep:
         self._joint_step = JointStep(optimizer, [])
         self._buckets: list[Bucket] = []
         self._scratch = Scratch()
+        self._alarm = Alarm()
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
         self._signature: list[tuple[Settings, list[Tensor]]] | None = None
@@ -200,6 +202,7 @@ class ManifoldStep:
     @full_precision
     def diagnostics(self) -> dict[str, float]:
         """Norms of the last step, computed when asked for."""
+        self.skipped += sum(len(bucket.left_alone()) for bucket in self._buckets if self.nonfinite == "skip")
         pairs = [bucket.squared_norms() for bucket in self._buckets]
         gradient, moved = (
             (math.sqrt(sum(squares)) for squares in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
@@ -216,7 +219,13 @@ class ManifoldStep:
             self._joint_step.dissolve()
             for stack in self._stacks():
                 stack.release_moments()
-            self._buckets = make_buckets(whole, self.optimizer, self._scratch, join=self._join)
+            self._buckets = make_buckets(
+                whole,
+                self.optimizer,
+                self._scratch,
+                join=self._join,
+                looks=self.nonfinite == "restore",  # which needs to know before it is too late
+            )
             self._joint_step = JointStep(self.optimizer, [j for s in self._stacks() for j in s.joints])
             # A point moves as a whole or not at all.
             self._unpaired = [s.p for point in points if not _has_gradients(point) for s in point]
@@ -250,9 +259,11 @@ class ManifoldStep:
         """Turn gradients into Riemannian ones, in workspaces that the optimizer then reads.
 
         Raises:
-            StepError: a gradient is not finite; nothing has changed.
+            StepError: a gradient is not finite; nothing has changed. On an accelerator: one was not in the step
+                before, or a displacement.
         """
         self.recover()
+        self._hear()
         try:
             self._convert(self._current_buckets())
         except StiefelOptError:
@@ -262,6 +273,20 @@ class ManifoldStep:
             # gradient has become sparse: begin again, with all the checks.
             self._signature = None
             self._convert(self._current_buckets())
+
+    def _hear(self) -> None:
+        """What accelerators have left alone in the step before."""
+        if not self._alarm.rings():
+            return
+        bad = [slot for bucket in self._buckets for slot in bucket.left_alone()]
+        self.skipped += len(bad)
+        if bad and self.nonfinite != "skip":
+            raise StepError(
+                f"in the step before this one the gradient of {bad[0].label!r}, or the displacement that the "
+                f"inner optimizer made of it, was not finite or too large; the point has kept its value, all else "
+                f"has been stepped, and this step has changed nothing. Lower the learning rate, clip, or pass "
+                f"nonfinite='skip' to leave such points alone, or 'restore' to be told at once."
+            )
 
     def _convert(self, buckets: list[Bucket]) -> None:
         bad = [slot for bucket in buckets for slot in bucket.convert_gradients()]
@@ -309,6 +334,8 @@ class ManifoldStep:
                     f"{str(error).rstrip('.')}. {what} put back to where it was before the step."
                 ) from None
             raise
+
+        self._alarm.send([bucket.left for bucket in self._buckets if bucket.left is not None])
 
     def return_gradients(self) -> None:
         """Undo what `before` did to the gradients."""

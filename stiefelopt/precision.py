@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .shapes import HALF, compute_dtype
+from .transforms import host_can_look
 
 KEY = "master"
 
@@ -34,9 +35,11 @@ class Masters:
 
     def _value(self, p: Tensor) -> Tensor:
         master = self._optimizer.state[p].get(KEY) if p in self._optimizer.state else None
-        if master is not None and torch.equal(master.to(p.dtype), p):
-            return master
-        return p.detach().to(compute_dtype(p.dtype))
+        if master is None:
+            return p.detach().to(compute_dtype(p.dtype))
+        if host_can_look(p):
+            return master if torch.equal(master.to(p.dtype), p) else p.detach().to(master.dtype)
+        return torch.where((master.to(p.dtype) == p).all(), master, p.detach().to(master.dtype))
 
     def enter(self, values: Sequence[Tensor]) -> None:
         """Let the parameters be these tensors; the optimizer steps them in place."""

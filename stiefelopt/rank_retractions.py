@@ -254,7 +254,7 @@ def _small_part(retraction: RankRetraction, c: Tensor, sides: _Sides, floor: flo
     sums = [t.sum() for t in (found.au, found.av, found.s)]
     if host_can_look(c) and not bool(torch.stack(sums).isfinite().all()):
         raise StepError(f"{retraction.name} finds no point: the step is too long; lower the learning rate")
-    if not _has_rank(found.s, max(floor, sides.eps)):
+    if (floor > 0 or host_can_look(c)) and not _has_rank(found.s, max(floor, sides.eps)):
         found = _keep_rank(found, floor)
     au, bu, s, av, bv = found
     a = torch.cat((au, av))

@@ -65,6 +65,8 @@ class RiemannianWrapper(Optimizer):
             Where NaN is born inside the inner step, "raise" puts the points back, while moments, counters and
             Euclidean groups have changed; "restore" puts back these too, for a copy of all of it every step (measured:
             11 % of an AdamW step where all parameters are constrained, 28 % beside four times as many that are not).
+            On an accelerator no step waits for the device: such a point keeps its value, its moments see a zero
+            gradient, all else is stepped, and the error comes with the next step. "restore" waits.
         moments: names under which the inner optimizer keeps averages of gradients; manifolds with a ``transport``
             carry them to the new point.
 
@@ -145,7 +147,7 @@ class RiemannianWrapper(Optimizer):
 
         Raises:
             StepError: a non-finite gradient (nothing has changed), or a displacement that cannot be retracted
-                (the points have not; the inner optimizer's moments have).
+                (the points have not; the inner optimizer's moments have). On an accelerator, a step later.
         """
         loss: Any = None
         known: tuple[_Evaluated, ...] = ()

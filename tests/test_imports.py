@@ -18,6 +18,7 @@ ROOT = Path(stiefelopt.__file__).parent
 FLOORS = (
     ("errors",),
     (
+        "alarm",
         "full_precision",
         "transforms",
         "registry",

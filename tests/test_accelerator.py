@@ -1,0 +1,218 @@
+"""The step on an accelerator, without one: nothing waits for the device, and what is not finite is told a step later.
+
+Where nothing may wait is seen on a device that is pretended (accelerator_cases.py); what the numbers become, on the
+CPU, with the host forbidden to look.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from stiefelopt import FixedRank, RiemannianWrapper, Riemannion, StepError, Stiefel, attach, transforms
+
+CASES = Path(__file__).with_name("accelerator_cases.py")
+# r x r (or 2r x 2r) decompositions of torch.linalg, which check on the host; everything else waits for nothing.
+DECOMPOSED = (
+    *("stiefel svd", "stiefel exp", "stiefel spectral", "fixed rank", "fixed rank orthographic"),
+    *("fixed rank projected", "Riemannion", "RiemannLoRALinear", "RiemannLoRALinear keep"),
+)
+LAPACK = {"_linalg_svd", "_linalg_eigh", "linalg_matrix_exp"}
+
+
+@pytest.fixture(scope="module")
+def pretended() -> dict[str, tuple[str, list[str]]]:
+    """Case -> what was wrong, and what waits."""
+    root = str(CASES.parents[1])
+    done = subprocess.run(
+        [sys.executable, str(CASES)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: (error, waits) for name, (error, waits) in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def test_no_step_waits_for_the_device(pretended: dict[str, tuple[str, list[str]]]) -> None:
+    error, _ = pretended.pop("restore")
+    assert "DataDependent" in error  # so a look is seen
+    assert len(pretended) >= 20
+    assert {name: error for name, (error, _) in pretended.items() if error} == {}
+    waiting = {name: set(waits) for name, (_, waits) in pretended.items() if waits}
+    assert set(waiting) == set(DECOMPOSED)
+    assert set.union(*waiting.values()) <= LAPACK
+
+
+class Event:
+    """A CPU has none, and needs none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on the host must not look."""
+
+    def begin() -> None:
+        monkeypatch.setattr(transforms, "HOST", ())
+        monkeypatch.setattr(torch, "Event", Event)
+
+    return begin
+
+
+class Problem:
+    """Three points, or triples, and gradients that are the same in every run."""
+
+    def __init__(self, manifold: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.manifold = manifold
+        self.draw = torch.Generator().manual_seed(0)
+        if isinstance(manifold, FixedRank):
+            points = [manifold.random_point(12, 10, rank=3, generator=self.draw) for _ in range(3)]
+            tensors = [t for point in points for t in point]
+        else:
+            tensors = [manifold.random_point(n, 3, generator=self.draw) for n in (8, 8, 12)]
+        self.params = [nn.Parameter(t.to(dtype)) for t in tensors]
+        self.parts = manifold.parts
+
+    def wrap(self, optimizer: Callable[..., Any], **options: Any) -> RiemannianWrapper:
+        group = {"params": self.params, "manifold": self.manifold}
+        if optimizer is Riemannion:
+            return Riemannion([group], lr=0.05, weight_decay=0.1, **options)
+        return RiemannianWrapper(optimizer([group], lr=0.05), **options)
+
+    def gradients(self) -> None:
+        for p in self.params:
+            p.grad = torch.randn(p.shape, generator=self.draw).to(p.dtype)
+
+    def values(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.params]
+
+
+MANIFOLDS = [
+    Stiefel(),
+    Stiefel(transport="projection"),
+    Stiefel(projection="none"),
+    *(Stiefel(retraction=r) for r in ("qr", "svd", "cayley", "exp", "newton_schulz")),
+    FixedRank(),
+    FixedRank(retraction="orthographic"),
+]
+every_manifold = pytest.mark.parametrize("manifold", MANIFOLDS, ids=str)
+
+
+@every_manifold
+@pytest.mark.parametrize("optimizer", [AdamW, Riemannion])
+def test_a_host_that_may_not_look_gets_the_same_points(
+    manifold: Any, optimizer: Any, blind: Callable[[], None]
+) -> None:
+    seen, unseen = Problem(manifold), Problem(manifold)
+    for problem in (seen, unseen):
+        if problem is unseen:
+            blind()
+        wrapped = problem.wrap(optimizer)
+        for _ in range(5):
+            problem.gradients()
+            wrapped.step()
+        assert max(wrapped.residuals().values()) < 2e-6
+    for a, b in zip(seen.values(), unseen.values(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
+@every_manifold
+@pytest.mark.parametrize("optimizer", [AdamW, Riemannion])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_what_is_not_finite_stays_where_it_is_and_is_told_a_step_later(
+    manifold: Any, optimizer: Any, bad: float, blind: Callable[[], None]
+) -> None:
+    """The point keeps its value bit for bit, its moments stay finite, the others move, the next step is refused."""
+    blind()
+    problem = Problem(manifold)
+    wrapped, parts = problem.wrap(optimizer), problem.parts
+    for _ in range(2):
+        problem.gradients()
+        wrapped.step()
+    problem.gradients()
+    problem.params[parts].grad.view(-1)[:2] = bad
+    before = problem.values()
+    wrapped.step()
+    stayed = [torch.equal(a, b) for a, b in zip(before, problem.values(), strict=True)]
+    assert stayed == [False] * parts + [True] * parts + [False] * parts
+    problem.gradients()
+    before = problem.values()
+    with pytest.raises(StepError, match=rf"step before this one the gradient of \(0, {parts}\)"):
+        wrapped.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, problem.values(), strict=True))
+    wrapped.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, problem.values(), strict=True))
+    assert all(t.isfinite().all() for state in wrapped.state.values() for t in state.values())
+    assert max(wrapped.residuals().values()) < 2e-6
+
+
+@pytest.mark.parametrize("manifold", [Stiefel(), FixedRank()], ids=str)
+@pytest.mark.parametrize("half", [False, True])
+def test_skipped_points_are_counted(manifold: Any, half: bool, blind: Callable[[], None]) -> None:
+    blind()
+    problem = Problem(manifold, torch.bfloat16 if half else torch.float32)
+    wrapped = problem.wrap(AdamW, nonfinite="skip")
+    for step in range(4):
+        problem.gradients()
+        if step in (1, 2):
+            problem.params[-1].grad.fill_(float("nan"))  # type: ignore[union-attr]
+        wrapped.step()
+    assert wrapped.diagnostics()["skipped"] == 2 * problem.parts
+    assert max(wrapped.residuals().values()) < (2e-2 if half else 2e-6)
+
+
+def test_a_displacement_that_is_not_finite_is_told_too(blind: Callable[[], None]) -> None:
+    """The gradient is fine, the inner optimizer is not; a parameter that holds several matrices loses one step each."""
+
+    class Bursting(SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            self.param_groups[0]["params"][0].data[1] = float("nan")
+            return loss
+
+    blind()
+    x = nn.Parameter(Stiefel().random_point(3, 8, 2, generator=torch.Generator().manual_seed(0)))
+    wrapped = RiemannianWrapper(Bursting([{"params": [x], "manifold": Stiefel(), "view": "batch"}], lr=0.1))
+    x.grad, before = torch.ones_like(x), x.detach().clone()
+    wrapped.step()
+    assert [torch.equal(a, b) for a, b in zip(x, before, strict=True)] == [False, True, False]
+    with pytest.raises(StepError, match="displacement"):
+        wrapped.step()
+
+
+def test_attached_hooks_tell_a_step_later_and_restore_tells_at_once(blind: Callable[[], None]) -> None:
+    blind()
+    problem = Problem(Stiefel())
+    optimizer = SGD([{"params": problem.params, "manifold": Stiefel()}], lr=0.1)
+    attach(optimizer)
+    problem.gradients()
+    problem.params[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
+    optimizer.step()
+    with pytest.raises(StepError, match="step before this one"):
+        optimizer.step()
+    problem = Problem(Stiefel())
+    wrapped = problem.wrap(SGD, nonfinite="restore")
+    problem.gradients()
+    problem.params[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
+    with pytest.raises(StepError, match="nothing has changed"):
+        wrapped.step()
