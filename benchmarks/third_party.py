@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -325,7 +326,7 @@ def _line(name: str, make: Build, count: int) -> str:
     return f"| {name} | {max(r.gain for r in bare):.2g} | {best[0].gain:.2g} | {worst:.0e} | {stored} |"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line for each optimizer."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.third_party", description=str(__doc__).splitlines()[0]
@@ -333,14 +334,14 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", help="of the list (default: all, and those around another optimizer)"
     )
-    chosen = parser.parse_args().names
+    chosen = parser.parse_args(arguments).names
     torch.set_num_threads(1)
     print("| optimizer | bare | wrapped | largest residual | points in its state, with their residuals |")
     print("|---|---|---|---|---|")
     for name in chosen or names():
         print(_line(name, lambda p, lr, n=name: build(n, p, lr), 2 if name in PAIRED else 1), flush=True)
     if chosen:
-        return
+        return 0
     for name, options in OPTIONS.items():
         label = f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})"
         print(_line(label, lambda p, lr, n=name, o=options: build(n, p, lr, **o), 1), flush=True)
@@ -350,7 +351,8 @@ def main() -> None:
         print(f"{name}: residual {distance(after_eval(name)[0].detach()):.2g} after eval()")
     for name in STEPPING_AFTER:
         print(f"{name}(RiemannianWrapper(AdamW)): residual {wrong_order(name).residual:.2g}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -307,7 +307,10 @@ def make_buckets(
         # One small algebra serves a bucket: what decides its course must be the same for all.
         course = placement.gradient, placement.direction, placement.manifold_decay > 0
         family = families.setdefault((over, placement.manifold, course, width, p.dtype, p.device), {})
-        height = tuple((s.p.shape, is_flipped(s.p), getattr(s.p, "placements", None)) for s in point)
+        height = tuple(
+            (s.p.shape, is_flipped(s.p), getattr(s.p, "placements", None), getattr(s.p, "device_mesh", None))
+            for s in point
+        )
         rate = point[0].group if placement.needs_rate else None
         family.setdefault((placement, rate, height), []).append(point)
     return [

@@ -125,6 +125,7 @@ class ManifoldStep:
             check_point(label_of(group, index, i), params, placement)
         if points:
             self._check_decay(group, index)
+            self._check_state(points, index)
         if group.get("manifold") is None:
             return
         placement = read_placement(group)
@@ -154,6 +155,20 @@ class ManifoldStep:
                 f"group {index} has weight_decay={decay:g}; if {cls.__name__} adds it to the gradient, it disturbs the "
                 f"moments of a manifold group: set weight_decay=0 there.",
                 stacklevel=4,
+            )
+
+    def _check_state(self, points: Sequence[tuple[int, list[Tensor], Placement]], index: int) -> None:
+        """Refuse to carry along moments that ZeroRedundancyOptimizer keeps out of sight, a part on each rank."""
+        transports = {getattr(placement.manifold, "transport", "none") for _, _, placement in points} - {
+            "none"
+        }
+        hides = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(self.optimizer).__mro__)
+        if hides and transports:
+            raise ConfigError(
+                f"group {index} carries its moments to every new point (transport={max(transports)!r}), and "
+                f"ZeroRedundancyOptimizer shows none: use fully_shard, a manifold with transport='none', or, for one "
+                f"parameter a point, ZeroRedundancyOptimizer(groups, optimizer_class=lambda params, **options: "
+                f"RiemannianWrapper(AdamW(params, **options)))."
             )
 
     def check_saved(self, state: Mapping[str, Any]) -> None:

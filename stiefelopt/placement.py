@@ -233,6 +233,8 @@ def _check_shards(label: object, params: Sequence[Tensor], placement: Placement)
             f"before fully_shard, on ranks seeded alike (it broadcasts nothing), or make it anew with "
             f"reset_parameters() or constrain(..., init='random') after it."
         )
+    if manifold.square:
+        manifold.check(placement.as_tall(whole(params[0])))
     if manifold.small_parts:
         manifold.check_small([whole(params[i]) for i in manifold.small_parts])
 
@@ -269,22 +271,30 @@ def sharding_of(label: object, params: Sequence[Tensor], placement: Placement) -
     if not any(map(is_distributed, params)):
         return None
     name = name_of(label)
+    first, *others = (row_sum(p) for p in params)
+    if first is not None or any(others):
+        _check_sums(name, placement)
     for p in params:
         _check_cut(name, p, placement)
-    first, *others = (row_sum(p) for p in params)
     if any(other != first for other in others):
         raise ConfigError(
             f"{name} and the other factors of its point are sharded in different ways; U, S and V must be cut along "
             f"dimension 0 over the same ranks, as fully_shard does, or all be replicated."
         )
-    obstacle = placement.manifold.whole_part()
-    if first is not None and obstacle is not None:
-        raise ConfigError(
-            f"{name} is sharded, and {obstacle} needs whole matrices, which the step does not gather: use a "
-            f"retraction of p x p algebra ('polar', 'qr', 'cayley', 'exp', 'newton_schulz'), or keep the parameter "
-            f"whole (fully_shard's ignored_params, Replicate())."
-        )
     return first
+
+
+def _check_sums(name: str, placement: Placement) -> None:
+    """Refuse to shard what sums of p x p products over ranks do not serve."""
+    obstacle, manifold = placement.manifold.whole_part(), type(placement.manifold).__name__
+    if obstacle is None:
+        return
+    instead = "a retraction of p x p algebra ('polar', 'qr', 'cayley', 'exp', 'newton_schulz')"
+    raise ConfigError(
+        f"{name} is sharded, and {obstacle} needs whole matrices, which the step does not gather: "
+        f"{'' if obstacle == manifold else f'use {instead}, or '}keep the parameter whole (fully_shard's "
+        f"ignored_params, Replicate())."
+    )
 
 
 def _check_cut(name: str, p: Tensor, placement: Placement) -> None:

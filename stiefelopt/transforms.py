@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 # Where the host may read numbers without waiting; tests take it away to be blind as on an accelerator.
-HOST = ("cpu",)
+HOST: tuple[str, ...] = ("cpu",)
 
 
 def under_transform() -> bool:

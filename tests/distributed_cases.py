@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -48,7 +49,9 @@ from stiefelopt import (
     constrain,
     param_groups,
     retractions,
+    transforms,
 )
+from stiefelopt.manifolds import FixedRankPair, Oblique, SpecialOrthogonal, Sphere
 
 Case = Callable[[], None]
 CASES: dict[str, Case] = {}
@@ -349,6 +352,20 @@ def replicated_tensors_may_use_every_part() -> None:
 
 
 @case
+def replicas_on_two_meshes_stand_in_one_group() -> None:
+    meshes = [init_device_mesh("cpu", (1, world()), mesh_dim_names=(f"a{i}", f"b{i}")) for i in (0, 1)]
+    values = points((9, 3), (9, 3))
+    cut_ones = [
+        shard([p], where[f"b{i}"], [Replicate()])[0]
+        for i, (p, where) in enumerate(zip(values, meshes, strict=True))
+    ]
+    alone = [nn.Parameter(v.clone()) for v in values]
+    for params in (cut_ones, alone):
+        trained(params, RiemannianWrapper(AdamW(groups_of(params, Stiefel()), lr=1e-2)), steps=3)
+    close_to([whole(p) for p in cut_ones], alone, 1e-12)
+
+
+@case
 def meshes_of_two_dimensions() -> None:
     """Hybrid shards, whose Grams are summed over one dimension alone, and rows cut twice."""
     for shape, placements in (
@@ -439,6 +456,80 @@ def what_cannot_be_sharded_is_refused_by_name() -> None:
         step([2 * tall[0]], Stiefel(), Shard(0))
     with refused(NotOnManifoldError, "singular"):
         step([u, torch.zeros_like(s), v], FixedRank(), Shard(0))
+    for manifold, values, names in (
+        (Oblique(), tall, "Oblique"),
+        (Sphere(), tall, "Sphere"),
+        (Sphere(), [nn.functional.normalize(torch.ones(12, dtype=torch.float64), dim=0)], "Sphere"),
+        (FixedRankPair(), [wide[0], tall[0]], "FixedRankPair"),
+    ):
+        with refused(ConfigError, f"{names} needs whole matrices", "gather: keep the parameter whole"):
+            step(values, manifold, Shard(0))
+    rotation = SpecialOrthogonal().random_point(6, 6, dtype=torch.float64, generator=seeded(4))
+    step([rotation], SpecialOrthogonal(), Shard(0))
+    with refused(NotOnManifoldError, "determinant -1"):
+        step([rotation * torch.tensor([[-1.0], *[[1.0]] * 5])], SpecialOrthogonal(), Shard(0))
+
+
+@case
+def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> None:
+    """ZeroRedundancyOptimizer inside steps what needs none as one process does, and around the wrapper, too."""
+    values = [v.float() for v in points((9, 3), (9, 3), (12, 3))]
+    for manifold in (Stiefel(transport="projection"), FixedRank()):
+        given = values[:1] if manifold.parts == 1 else [t.float() for t in triple(12, 8, 2)]
+        groups = groups_of([nn.Parameter(v.clone()) for v in given], manifold)
+        with refused(ConfigError, "ZeroRedundancyOptimizer", "fully_shard"):
+            RiemannianWrapper(ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=1e-2))
+
+    def inside(params: list[Any]) -> Any:
+        zero = ZeroRedundancyOptimizer(groups_of(params, Stiefel()), optimizer_class=AdamW, lr=1e-2)
+        return RiemannianWrapper(zero)
+
+    def around(params: list[Any]) -> Any:
+        return ZeroRedundancyOptimizer(
+            groups_of(params, Stiefel(transport="projection")),
+            optimizer_class=lambda ps, **options: RiemannianWrapper(AdamW(ps, **options)),
+            lr=1e-2,
+        )
+
+    for make, manifold in ((inside, Stiefel()), (around, Stiefel(transport="projection"))):
+        runs = []
+        for build in (
+            make,
+            lambda params, m=manifold: RiemannianWrapper(AdamW(groups_of(params, m), lr=1e-2)),
+        ):
+            params = [nn.Parameter(v.clone()) for v in values]
+            trained(params, build(params), steps=3)
+            runs.append(params)
+        close_to(runs[0], runs[1], 1e-6)
+
+
+class _Event:
+    """The accelerator's events, of which a CPU has none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.record = self.synchronize = lambda: None
+
+
+@case
+def on_accelerators_all_ranks_hear_of_a_nan_on_one_a_step_later() -> None:
+    event, host = torch.Event, transforms.HOST
+    torch.Event, transforms.HOST = _Event, ()  # type: ignore[misc, assignment]
+    try:
+        for manifold, values in ((Stiefel(), points(*TALL[:2])), (FixedRank(), triple(20, 13, 3))):
+            params = shard(values, mesh(), [Shard(0)])
+            optimizer = RiemannianWrapper(AdamW(groups_of(params, manifold), lr=1e-2))
+            trained(params, optimizer, steps=1)
+            before = [whole(p).clone() for p in params]
+            if dist.get_rank() == world() - 1:
+                params[0].grad.to_local()[-1] = float("nan")
+            optimizer.step()
+            assert torch.equal(whole(params[0]), before[0])
+            with refused(StepError, "step before this one"):
+                optimizer.step()
+            optimizer.step()
+            assert max(optimizer.residuals().values()) < 1e-12
+    finally:
+        torch.Event, transforms.HOST = event, host  # type: ignore[misc]
 
 
 @case

@@ -28,6 +28,14 @@ def test_without_a_command_they_are_listed(capsys: pytest.CaptureFixture[str]) -
     assert all(name in shown for name in benchmarks.COMMANDS)
 
 
+@pytest.mark.parametrize("command", benchmarks.COMMANDS)
+def test_every_command_says_what_it_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        benchmarks.main([command, "--help"])
+    assert left.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
 def test_retraction(tmp_path: Path) -> None:
     options = ["--workloads", "tiny", "--rounds", "2", "--threads", "1", "--output", str(tmp_path)]
     assert benchmarks.main(["retraction", *options]) == 0

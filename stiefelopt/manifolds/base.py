@@ -69,6 +69,7 @@ class Manifold:
         wide: whether a point may have fewer rows than columns.
         recognized: whether a point can be told from what an inner optimizer's step makes of it, one parameter at a
             time.
+        square: whether points are p x p, and ``check`` must see one whole.
         small_parts: which of them are p x p, and whole on every rank when the others are sharded.
         takes_small: whether ``stacked_gradient`` and ``stacked_overlap`` take ``small``, memory (B, p, p) for what they
             return.
@@ -83,6 +84,7 @@ class Manifold:
     vectors: ClassVar[bool] = False
     wide: ClassVar[bool] = False
     recognized: ClassVar[bool] = True
+    square: ClassVar[bool] = False
     small_parts: ClassVar[tuple[int, ...]] = ()
     takes_small: ClassVar[bool] = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class SpecialOrthogonal(OneMetric, Frames):
         retraction: a name registered for Stiefel, or a plain function (x, u) -> y; "cayley" and "exp" are the group's.
         transport: "none" or "projection": what `RiemannianWrapper` does with first moments.
     """
+
+    square: ClassVar[bool] = True
 
     @staticmethod
     def fits(shape: tuple[int, ...]) -> tuple[int, ...]:
