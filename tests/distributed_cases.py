@@ -487,7 +487,7 @@ def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> No
     def around(params: list[Any]) -> Any:
         return ZeroRedundancyOptimizer(
             groups_of(params, Stiefel(transport="projection")),
-            optimizer_class=lambda ps, **options: RiemannianWrapper(AdamW(ps, **options)),
+            optimizer_class=lambda ps, **options: RiemannianWrapper(AdamW(ps, **options)),  # type: ignore[arg-type]
             lr=1e-2,
         )
 
