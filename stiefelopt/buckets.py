@@ -137,12 +137,20 @@ class Bucket:
         self.left.zero_()
         return bad
 
-    def _reset_unfit(self) -> None:
-        """Where the host does not look: let points that moved to NaN, or too far, not have moved."""
+    def _judge_moved(self) -> dict[str, Tensor]:
+        """Where the host does not look: tell points that moved to NaN, or too far.
+
+        Returns:
+            What to tell the manifold, which leaves them where they are; nothing where they must not even seem to have
+            moved, since one NaN would reach the others.
+        """
         assert self._fine is not None
         self._fine = self._fine & (self._largest(self.work) <= self._reach)
+        if getattr(self.manifold, "is_contained", False) and not self._placement.needs_rate:
+            return {"stay": ~self._fine}
         for stack, fine in self._by_stack(self._fine):
             torch.where(fine, stack.work, stack.xs, out=stack.work)
+        return {}
 
     def move(self, *, skip_bad: bool, moments: Sequence[str] = ()) -> list[Slot]:
         """Bring the parameters from where the inner optimizer left them back to the manifold.
@@ -160,8 +168,7 @@ class Bucket:
         manifold: Any = self.manifold
         for stack in self.stacks:
             stack.load_moved()
-        if not self._looks:
-            self._reset_unfit()
+        stay = {} if self._looks else self._judge_moved()
         overlap = self._overlap()
         bad = self._non_finite(overlap) if self._looks else []
         if bad:
@@ -177,7 +184,9 @@ class Bucket:
         carry = None
         if moments:
             carry = manifold.stacked_transporter(self.xs, self.work, scales, **self._sharded)
-        ys = manifold.stacked_move(self.xs, self.work, overlap, scales, drift=self._drift, **self._sharded)
+        ys = manifold.stacked_move(
+            self.xs, self.work, overlap, scales, drift=self._drift, **stay, **self._sharded
+        )
         if not self._looks:
             ys = self._count_left(ys)
         for stack, y in zip(self.stacks, ys, strict=True):

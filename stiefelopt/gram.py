@@ -238,9 +238,10 @@ def scale_displacements(ds: Tall, scales: Sequence[float]) -> bool:
     return any(scale != 1.0 for scale in scales)
 
 
-def keep_where(mask: Tensor | None, xs: Tall, ys: Tall) -> list[Tensor]:
+def keep_where(mask: Tensor | None, xs: Tall, ys: Tall, out: Tall | None = None) -> list[Tensor]:
     """x where the mask is set, else y; with no mask the ys themselves."""
     if mask is None:
         return list(ys)
-    pieces = split(mask, xs)
-    return [torch.where(m[:, None, None], x, y) for m, x, y in zip(pieces, xs, ys, strict=True)]
+    outs: Sequence[Tensor | None] = [None] * len(xs) if out is None else out
+    every = zip(split(mask, xs), xs, ys, outs, strict=True)
+    return [torch.where(m[:, None, None], x, y, out=o) for m, x, y, o in every]

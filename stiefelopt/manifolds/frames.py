@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
-from ..gram import Reduce, Tall, gram, identity_like, split, squared_norm, unmoved_matrices
+from ..gram import Reduce, Tall, gram, identity_like, keep_where, split, squared_norm, unmoved_matrices
 from ..matfun import inverse_symmetric_root
-from ..retractions import OpenSum, normalize
+from ..retractions import OpenSum, close, normalize
 from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
 from .base import Carrier, Manifold
 
@@ -251,6 +251,7 @@ class Frames(Manifold):
         *,
         drift: float,
         reduce: Reduce | None = None,
+        stay: Tensor | None = None,
     ) -> list[OpenSum]:
         """Scale and project the displacements m - x and retract them: the new points, as open sums.
 
@@ -261,19 +262,38 @@ class Frames(Manifold):
             scales: factor of the displacement, for each stack.
             drift: the largest |x^T x - I| there may be.
             reduce: sums a batch over ranks.
+            stay: mask (B,) of points to be left where they are, whatever m is there, if the manifold `is_contained`.
         """
-        unmoved = unmoved_matrices(xs, ms, e, drift, reduce)
+        still = unmoved_matrices(xs, ms, e, drift, reduce)
+        if stay is not None:
+            still = stay if still is None else still | stay
+        ys = self._moved(xs, ms, e, scales, reduce)
+        if still is None:
+            return ys
+        # Where the caller is the optimizer's step itself, which then finds them in its work space.
+        out = None if stay is None else ms
+        return [(y, None) for y in keep_where(still, xs, close(ys), out=out)]
+
+    def _moved(
+        self, xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float], reduce: Reduce | None
+    ) -> list[OpenSum]:
+        """The new points, but for x bit for bit where nothing has moved."""
         projection, retraction = self._projection, self.retraction_part
-        if unmoved is None and self._normalizes_moved and all(s == 1.0 for s in scales):
+        if self._normalizes_moved and all(s == 1.0 for s in scales):
             e.diagonal(dim1=-2, dim2=-1).add_(1)
             return normalize(ms, retraction, reduce, g=e)
-        if unmoved is None and projection is self._tangent and retraction.form == "normalizer":
+        if projection is self._tangent and retraction.form == "normalizer":
             zs = _projected(xs, ms, projection.function(e), scales)
             return normalize(zs, retraction, reduce, g=gram(zs, zs, reduce, out=e))
         ds = _scaled_displacements(xs, ms, scales, out=ms)
         if projection is not None:
             ds = projection.apply(xs, ds, reduce=reduce, out=ds)
-        return [(y, None) for y in retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
+        return [(y, None) for y in retraction.apply(xs, ds, reduce=reduce)]
+
+    @property
+    def is_contained(self) -> bool:
+        """Whether NaN in a moved matrix reaches the new point of that matrix and nothing else."""
+        return self._transport is None and self.retraction_part.form != "ambient"
 
     def stacked_transporter(
         self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
