@@ -240,6 +240,46 @@ def test_a_plain_model_has_no_adapter_state(use: Callable[[nn.Module], Any]) -> 
         use(bert())
 
 
+class Parent(nn.Module):
+    """What a LightningModule is to the model in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "a parent": Parent,
+    "both": lambda model: Parent(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=list(WRAPPERS))
+def test_a_wrapped_model_has_the_plain_models_checkpoints(wrap: Callable[..., Any], tmp_path: Path) -> None:
+    kind = KINDS["Linear and a head"]
+    model = disturb(adapted(kind))
+    plain, state = adapter_state_dict(model), adapter_state_dict(wrap(model))
+    assert state.keys() == plain.keys()
+    for name in (n for n in plain if "classifier" in n):
+        assert torch.equal(state[name], plain[name])
+    fresh = adapted(kind, generator=torch.Generator().manual_seed(99))
+    load_adapter_state_dict(wrap(fresh), plain)
+    assert_near(logits(fresh), logits(model), 0)
+    assert_near(logits(exported_to_peft(wrap(model), bert, tmp_path)), logits(model))
+
+
+def test_two_adapted_models_in_one_parent_keep_both_heads() -> None:
+    kind = KINDS["Linear and a head"]
+    pair = nn.ModuleDict({"a": disturb(adapted(kind)), "b": adapted(kind)})
+    state = adapter_state_dict(pair)
+    assert {n.split(".")[0] for n in state if n.endswith("classifier.weight")} == {"a", "b"}
+    fresh: Any = nn.ModuleDict({"a": adapted(kind), "b": adapted(kind)})
+    load_adapter_state_dict(fresh, state)
+    assert_near(logits(fresh["a"]), logits(pair["a"]), 0)
+
+
 # export
 
 

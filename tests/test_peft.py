@@ -818,6 +818,16 @@ def test_one_of_several_adapters_is_exported(config: Config, tmp_path: Path) -> 
     assert not (tmp_path / "none").exists()
 
 
+@both
+def test_a_wrapped_model_is_exported_as_what_it_wraps(config: Config, tmp_path: Path) -> None:
+    model = trained(config, bert, target_modules=["query"], modules_to_save=["classifier"])
+    for wrap in (nn.DataParallel, nn.Sequential):
+        loaded = PeftModel.from_pretrained(bert(), export_lora(wrap(model), tmp_path / wrap.__name__))
+        near(logits(loaded), logits(model), 5e-6)
+    with pytest.raises(UnknownNameError, match="pass the model that PEFT gave"):
+        export_lora(model.get_base_model().bert, tmp_path)
+
+
 def test_an_adapter_with_biases_is_no_plain_lora(tmp_path: Path) -> None:
     model = get_peft_model(bert(), StellaConfig(r=2, target_modules=["query"], bias="all"))
     with pytest.raises(ConfigError, match="trains biases"):

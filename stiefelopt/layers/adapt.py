@@ -197,9 +197,22 @@ def _own_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return layers
 
 
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model that `adapt` was given, where it holds every adapted layer, else the model itself.
+
+    torch.compile, DDP, or a LightningModule around it put a prefix to every name; a checkpoint has the plain ones.
+    """
+    layers = {m for m in model.modules() if isinstance(m, LowRankLinear)}
+    given = (m for m in model.modules() if _SAVED in m.__dict__ and layers.issubset(m.modules()))
+    return next(given, model)
+
+
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are trained whole, by name."""
-    endings = model.__dict__.get(_SAVED, [])
+    """The modules that are trained whole, by name; those of every adapted model where several lie below this one."""
+    endings = model.__dict__.get(_SAVED)
+    if endings is None:
+        below = ((child, saved_modules(module)) for child, module in model.named_children())
+        return {f"{child}.{name}": m for child, found in below for name, m in found.items()}
     return {name: m for name, m in model.named_modules() if name and ends_with(name, endings)}
 
 
@@ -217,7 +230,11 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained and nothing else: the factors, and the modules_to_save; detached, ready for safetensors."""
+    """What was trained and nothing else: the factors, and the modules_to_save; detached, ready for safetensors.
+
+    The names are those of the model that was adapted, whatever wraps it now.
+    """
+    model = inside_wrappers(model)
     state = {
         f"{name}.{key}" if name else key: t
         for name, module in _own_layers(model).items()
@@ -234,6 +251,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         ConfigError: names or shapes differ; nothing has changed.
     """
+    model = inside_wrappers(model)
     layers, saved = _own_layers(model), saved_modules(model)
     expected = set(adapter_state_dict(model))
     optional = {f"{name}.{k}" if name else k for name in layers for k in ("U0", "V0")}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..full_precision import full_precision
-from .adapt import adapt, adapted_layers, check_state, ends_with, saved_modules
+from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
 from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
 
@@ -46,11 +46,12 @@ READERS: list[Reader] = []
 
 
 def parts_of(model: nn.Module, adapter_name: str | None) -> Parts:
-    """The parts of a model that `adapt` or an integration has adapted."""
+    """The parts of a model that `adapt` or an integration has adapted, whatever wraps it."""
     for read in READERS:
         parts = read(model, adapter_name)
         if parts is not None:
             return parts
+    model = inside_wrappers(model)
     layers = adapted_layers(model)
     if adapter_name is not None:
         raise ConfigError(
@@ -77,7 +78,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     initialization was taken out of the base weight), with the scale baked in (lora_alpha = r).
 
     Args:
-        model: a model adapted by `adapt`, or by PEFT with one of our tuners.
+        model: a model adapted by `adapt`, or by PEFT with one of our tuners, wrapped (torch.compile, DDP) or not.
         directory: made if missing; adapter_config.json and adapter_model.safetensors are written to it.
         adapter_name: of a PEFT model; default: the active one.
 
