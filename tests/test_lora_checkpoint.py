@@ -547,6 +547,10 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another method": (edit_config(peft_type="LOHA"), r"LOHA.*LoRA is needed"),
     "DoRA": (edit_config(use_dora=True), r"DoRA.*plain LoRA"),
+    "activated LoRA": (edit_config(alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens.*plain LoRA"),
+    "Arrow": (edit_config(arrow_config={"top_k": 3}), r"Arrow.*plain LoRA"),
+    "replicated layers": (edit_config(layer_replication=[[0, 2], [1, 2]]), r"layer_replication.*plain LoRA"),
+    "a quantized base": (edit_config(init_lora_weights="loftq"), r"'loftq'.*base weights.*plain LoRA"),
     "ranks that differ": (edit_tensors(_one_of_rank_2), r"rank.*one rank"),
     "layers the model lacks": (edit_tensors(_other_layers), r"layer\.7"),
     "shapes that do not fit": (edit_tensors(_too_wide), r"layer\.1\.attention\.self\.value.*17"),
@@ -593,6 +597,35 @@ def test_dora_saved_by_peft_is_refused(tmp_path: Path) -> None:
     peft_checkpoint(KINDS["Linear"], tmp_path, use_dora=True)
     with pytest.raises(ConfigError, match=r"DoRA.*plain LoRA"):
         import_lora(bert(), tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_inits_that_change_the_base_come_in_once_peft_has_converted_them(init: str, tmp_path: Path) -> None:
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["query"]}
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(bert(), peft.LoraConfig(init_lora_weights=init, **options))
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's documentation says
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn(p.shape), alpha=0.3)
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path / "raw")
+    with pytest.raises(ConfigError, match=rf"{init}.*path_initial_model_for_weight_conversion"):
+        import_lora(bert(), tmp_path / "raw")
+    theirs.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    assert_near(logits(import_lora(bert(), tmp_path / "plain")), expected)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_inits_that_leave_the_base_alone_come_in(init: str, tmp_path: Path) -> None:
+    theirs = peft_checkpoint(KINDS["Linear"], tmp_path)
+    edit_config(init_lora_weights=init)(tmp_path)
+    assert_near(logits(import_lora(bert(), tmp_path)), logits(theirs))
 
 
 def test_trained_biases_saved_by_peft_are_refused_or_kept(tmp_path: Path) -> None:

@@ -24,6 +24,23 @@ from .stella import StelLALinear
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
+# What makes of a LoRA checkpoint another function than W + scale B A: the entry of adapter_config.json, and its name.
+_BEYOND_LORA = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "layers that are replicated",
+    "target_parameters": "LoRA on bare parameters",
+    "trainable_token_indices": "single tokens that are trained",
+}
+# Beginnings of `init_lora_weights` that change W itself, so that the pairs are meant for another base model.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -174,7 +191,8 @@ def import_lora(
         The model, or the PeftModel around it.
 
     Raises:
-        ConfigError: not a plain LoRA checkpoint, or it does not fit the model.
+        ConfigError: not a plain LoRA checkpoint (DoRA, activated LoRA, PiSSA before its conversion, ...), or it does
+            not fit the model.
     """
     if not callable(layer):
         raise ConfigError(
@@ -188,10 +206,7 @@ def import_lora(
             f"{path} holds no {CONFIG} with {WEIGHTS}; save the adapter with peft's save_pretrained first."
         )
     config = json.loads((path / CONFIG).read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ConfigError(
-            f"{path} is a {config.get('peft_type')} checkpoint (DoRA: {config.get('use_dora')}); plain LoRA is needed."
-        )
+    _check_plain(config, path)
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
     endings = list(config.get("modules_to_save") or ())
     pairs, saved = _sort_tensors(model, tensors, endings)
@@ -205,6 +220,22 @@ def import_lora(
     for name, state in saved.items():
         parts.saved[name].load_state_dict(state)
     return adapted
+
+
+def _check_plain(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint whose function is not that of its base model with B A added."""
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{path} is a {config.get('peft_type')} checkpoint; plain LoRA is needed.")
+    beyond = next((key for key in _BEYOND_LORA if config.get(key)), None)
+    if beyond is not None:
+        raise ConfigError(f"{path} has {_BEYOND_LORA[beyond]} ({beyond}); plain LoRA is needed.")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise ConfigError(
+            f"{path} was trained from init_lora_weights={init!r}, which changes the base weights too; plain LoRA is "
+            f"needed: save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
+            f"PEFT has for PiSSA, OLoRA, CorDA and LoRA-GA."
+        )
 
 
 def _adapt_to(
