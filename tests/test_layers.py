@@ -1009,6 +1009,41 @@ def test_torchs_encoder_layer_gives_in_eval_what_it_gives_in_training(targets: A
         assert_near(model(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+def test_torchs_encoder_packs_padded_sequences(layer: Any) -> None:
+    """In eval, given a mask, it hands nested tensors to its linear modules."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    adapt(model, layer, target_modules=["linear1", "linear2"], r=4, alpha=64)
+    for m in model.modules():
+        if isinstance(m, layer):
+            trained(m)
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model.train()(x, src_key_padding_mask=mask).detach() * ~mask[..., None]
+    with torch.no_grad():
+        assert_near(model.eval()(x, src_key_padding_mask=mask), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+@pytest.mark.parametrize("init", ["random", "fold", "keep"])
+def test_nested_inputs_give_the_rows_and_gradients_of_plain_ones(layout: torch.layout, init: str) -> None:
+    layer, twin = (trained(layer_on(linear(), init=init)) for _ in range(2))
+    rows = [inputs(3, seed=1), inputs(4, seed=2)]
+    x = torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
+    y = layer(x) + layer.base(x)  # of the same lengths as far as torch knows
+    plain = [part.clone().requires_grad_() for part in rows]
+    expected = [twin(part) + twin.base(part) for part in plain]
+    for got, want in zip(y.unbind(), expected, strict=True):
+        assert_near(got.detach(), want.detach())
+    torch.cat([part.square() for part in y.unbind()]).sum().backward()
+    torch.cat([part.square() for part in expected]).sum().backward()
+    grads = [*(p.grad for p in (layer.U, layer.S, layer.V)), *(x.grad.unbind() if x.grad is not None else ())]
+    for got, want in zip(grads, [p.grad for p in (twin.U, twin.S, twin.V, *plain)], strict=True):
+        assert_near(got, want, 1e-3)
+
+
 def test_every_adapted_layer_gets_a_gradient_in_torchs_encoder_layer() -> None:
     """MultiheadAttention reads out_proj.weight directly: an adapter there would never act."""
     torch.manual_seed(0)

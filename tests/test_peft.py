@@ -819,6 +819,33 @@ def test_one_of_several_adapters_is_exported(config: Config, tmp_path: Path) -> 
 
 
 @both
+def test_a_tuner_on_another_tuner_leaves_it_in(config: Config) -> None:
+    x = torch.randn(5, 8)
+    inner = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    expected = inner(x).detach()
+    outer = get_peft_model(inner, config(r=2, target_modules=["0"]))
+    layer = next(m for m in outer.modules() if isinstance(m, AdaptedLinear))
+    trained_layer = layer.adapters["default"]
+    near(outer(x).detach(), trained_layer.add_update(expected, x).detach())
+    layer.base_layer = nn.Linear(8, 8)
+    near(layer(x).detach(), trained_layer.add_update(layer.base_layer(x), x).detach())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@both
+def test_torchs_encoder_packs_padded_sequences(config: Config) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    model = get_peft_model(model, config(r=4, lora_alpha=64, target_modules=["linear1", "linear2"]))
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model.train()(x, src_key_padding_mask=mask).detach() * ~mask[..., None]
+    with torch.no_grad():
+        near(model.eval()(x, src_key_padding_mask=mask), expected)
+
+
+@both
 def test_a_wrapped_model_is_exported_as_what_it_wraps(config: Config, tmp_path: Path) -> None:
     model = trained(config, bert, target_modules=["query"], modules_to_save=["classifier"])
     for wrap in (nn.DataParallel, nn.Sequential):

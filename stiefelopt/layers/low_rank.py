@@ -17,6 +17,7 @@ from ..full_precision import full_precision
 from ..manifolds import Stiefel
 from ..shapes import HALF, tolerance
 from ..transforms import under_transform
+from .nested import over_rows
 from .shared import SharedBase
 from .update import LowRankUpdate, factors_of_update, plus_product
 
@@ -150,6 +151,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
+        if x.is_nested:
+            return over_rows(self.forward, x)
         if self.may_fuse(x):
             return self._fused(x)
         y = self.base(x)
