@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import AdamW
 from transformers.pytorch_utils import Conv1D
 
@@ -674,6 +675,37 @@ def test_a_base_that_is_not_linear_is_refused_and_left_trainable(make: Callable[
     assert all(p.requires_grad for p in base.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_a_weight_that_is_not_in_a_plain_dtype_is_refused_by_it(dtype: torch.dtype) -> None:
+    """Quantized weights are scaled by other numbers: what is added to them is not what was meant."""
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.zeros(8, 8).to(dtype), requires_grad=False)
+    with pytest.raises(ConfigError, match=rf"Linear.*{dtype}.*float16, bfloat16, float32 or float64"):
+        RiemannLoRALinear(model[1], 2)
+    with pytest.raises(ConfigError, match=rf"^1: .*{dtype}"):
+        adapt(model, target_modules="all-linear", r=2)
+
+
+COMPUTED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "parametrizations.weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "prune": lambda m: prune.random_unstructured(m, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=list(COMPUTED))
+def test_a_weight_that_is_computed_at_every_use_is_refused(make: Callable[..., nn.Module]) -> None:
+    """Merging into it, or folding, would be lost at the next forward."""
+    model = nn.Sequential(nn.Linear(8, 8), make(nn.Linear(8, 8)))
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"^1: .*computed from others.*remove_parametrizations"):
+        adapt(model, target_modules="all-linear", r=2, init="pseudo-zero")
+    assert_unchanged(model, before)
+    adapt(model, target_modules="0", r=2)
+
+
 # Copies and state
 
 
@@ -852,6 +884,7 @@ TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"target_modules": "all-linear", "exclude_modules": r"layers\.1\..*|classifier"},
         {n for n in EVERY if n.startswith("layers.0")},
     ),
+    "all-linear in capitals, as in PEFT": ({"target_modules": "ALL-Linear"}, {*EVERY, "classifier"}),
     "the output embedding by name": ({"target_modules": ["lm_head"]}, {"lm_head"}),
 }
 
@@ -964,6 +997,39 @@ def test_a_refused_adapt_changes_nothing(options: dict[str, Any], message: str) 
     with pytest.raises(ConfigError, match=message):
         adapt(model, StelLALinear, **options)
     assert_unchanged(model, before)
+
+
+def test_an_adapt_that_fails_half_way_puts_the_very_same_weights_back() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), BufferedLinear(nn.Linear(8, 8)), nn.Linear(8, 8).bfloat16())
+    weights, before = [m.weight for m in model], everything(model)
+    with pytest.raises(ConfigError, match=r"'fold' rounds away"):
+        adapt(model, RiemannLoRALinear, target_modules="all-linear", r=2, correction="fold")
+    assert_unchanged(model, before)
+    assert all(m.weight is weight for m, weight in zip(model, weights, strict=True))
+
+
+def test_lazy_modules_beside_the_adapted_ones_are_frozen_or_saved_like_others() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyLinear(3))
+    adapt(model, target_modules=["0"], modules_to_save=["2"], r=2, init="pseudo-zero")
+    model(torch.randn(4, 8)).sum().backward()
+    assert (model[1].weight.grad is None, model[2].weight.grad is None) == (True, False)
+
+
+class Gated(LinearLike):
+    """A linear module with a linear module in it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.gate = nn.Linear(in_features, out_features)
+
+
+def test_matches_inside_matches_are_refused() -> None:
+    model = nn.Sequential(Gated(8, 8))
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"matches 0 and 0\.gate inside it.*exclude_modules"):
+        adapt(model, target_modules="all-linear", r=2)
+    assert_unchanged(model, before)
+    assert adapted_names(adapt(model, target_modules="all-linear", exclude_modules=["gate"], r=2)) == {"0"}
 
 
 def test_adapting_twice_is_refused_with_the_way_out() -> None:

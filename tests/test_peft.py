@@ -1062,6 +1062,17 @@ def test_what_adapt_made_and_what_peft_holds_are_not_mixed_up() -> None:
 # Registration
 
 
+def test_a_model_with_pefts_own_adapters_is_refused_until_they_are_merged() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    with pytest.raises(ConfigError, match=r"merge_and_unload\(\) first"):
+        StelLALinear(layer, 2)
+    with pytest.raises(ConfigError, match=r"0: .*merge_and_unload\(\) first"):
+        adapt(model, target_modules="all-linear", r=2)
+    assert model.base_model.model[0] is layer
+    adapt(model.merge_and_unload(), target_modules="all-linear", r=2)
+
+
 def test_the_peft_that_is_tested_is_the_one_that_is_claimed() -> None:
     assert peft.__version__.startswith(registration.TESTED + ".")
 

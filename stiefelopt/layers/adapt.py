@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..distributed import whole
 from ..errors import ConfigError
-from .low_rank import LowRankLinear, check_options, linear_sizes
+from .low_rank import LowRankLinear, check_options, is_linear, linear_sizes
 from .shared import SharedBase
 from .stella import StelLALinear
 
@@ -38,20 +38,13 @@ def _matches(name: str, targets: Targets) -> bool:
     return ends_with(name, targets)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    try:
-        linear_sizes(module)
-    except ConfigError:
-        return False
-    return True
-
-
 def _find_targets(
     model: nn.Module, targets: Targets, exclude: Targets | None, saved: Sequence[str]
 ) -> list[tuple[str, nn.Module]]:
     """The modules to adapt, in the model's order."""
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
     found = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LowRankLinear):
@@ -61,8 +54,8 @@ def _find_targets(
             continue
         # nn.MultiheadAttention reads its out_proj's weight and never calls it: an adapter there would not act.
         dead = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
-        if targets == "all-linear":
-            if _is_linear(module) and module is not head and not dead:
+        if everything:
+            if is_linear(module) and module is not head and not dead:
                 found.append((name, module))
         elif _matches(name, targets):
             if dead:
@@ -73,12 +66,30 @@ def _find_targets(
                 )
             found.append((name, module))
     if not found:
-        linear = [name for name, module in model.named_modules() if name and _is_linear(module)]
+        linear = [name for name, module in model.named_modules() if name and is_linear(module)]
         shown = ", ".join(linear[:6]) + (", ..." if len(linear) > 6 else "")
         raise ConfigError(
             f"target_modules={targets!r} matches no module to adapt; the linear modules are: {shown or 'none'}."
         )
     return found
+
+
+def _sizes_of(found: Sequence[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
+    """in_features and out_features of the modules to adapt; those that cannot be are refused by name."""
+    names = {name for name, _ in found}
+    sizes = []
+    for name, module in found:
+        try:
+            sizes.append(linear_sizes(module)[:2])
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        outer = next((prefix for prefix in _prefixes(name) if prefix in names), name)
+        if outer != name:
+            raise ConfigError(
+                f"target_modules matches {outer} and {name} inside it; one of them is needed: name the other in "
+                f"exclude_modules."
+            )
+    return sizes
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -103,7 +114,7 @@ def adapt(
         model: any module.
         layer: the adapter.
         target_modules: as in PEFT: a regular expression that must match the whole module name, a list of
-            name endings, or "all-linear" (every linear module but the output embedding).
+            name endings, or "all-linear" in any case (every linear module but the output embedding).
         exclude_modules: likewise, taken out again.
         modules_to_save: name endings of modules that are trained whole, such as a new head.
         reference_dim: StelLA's d, default: the most frequent in_features among the adapted layers; printed.
@@ -113,7 +124,8 @@ def adapt(
         The model.
 
     Raises:
-        ConfigError: nothing matches, a match is not linear, or an option is out of range. Nothing has changed.
+        ConfigError: nothing matches, a match is not linear, has a quantized or computed weight or lies in another, or
+            an option is out of range. Nothing has changed, then or after any other error.
 
     Example:
         >>> model = adapt(model, StelLALinear, target_modules=["query", "value"], r=16, alpha=32)
@@ -127,7 +139,7 @@ def adapt(
             f"modules_to_save is the string {modules_to_save!r}; a list is needed: [{modules_to_save!r}]."
         )
     found = _find_targets(model, target_modules, exclude_modules, modules_to_save)
-    sizes = [linear_sizes(module)[:2] for _, module in found]
+    sizes = _sizes_of(found)
     missing = [
         e for e in modules_to_save if not any(ends_with(name, [e]) for name, _ in model.named_modules())
     ]
@@ -140,27 +152,38 @@ def adapt(
     if reference_dim is None:
         reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]
         print(f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}")
-    trainable = {id(p): p.requires_grad for p in model.parameters()}
-    made: dict[nn.Module, LowRankLinear] = {}
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    weights = [(module, module.weight) for _, module in found]
     try:
+        made: dict[nn.Module, LowRankLinear] = {}
         for _, module in found:
             if module not in made:
                 made[module] = layer(module, reference_dim=reference_dim, **layer_options)
+        _train(model.parameters(), False)
+        for name, module in found:
+            _put(model, name, made[module])
+        for adapter in made.values():
+            _train((getattr(adapter, factor) for factor in adapter.FACTORS), True)
+        for name, module in model.named_modules():
+            if name and ends_with(name, modules_to_save):
+                _train(module.parameters(), True)
     except Exception:
-        for p in model.parameters():
-            p.requires_grad_(trainable[id(p)])
+        # The very same objects: a weight that has been corrected is another one.
+        for name, module in found:
+            _put(model, name, module)
+        for module, weight in weights:
+            if module.weight is not weight:
+                module.weight = weight
+        for p, requires_grad in trainable:
+            p.requires_grad = requires_grad
         raise
-    model.requires_grad_(False)
-    for name, module in found:
-        _put(model, name, made[module])
-    for adapter in made.values():
-        for factor in adapter.FACTORS:
-            getattr(adapter, factor).requires_grad_(True)
-    for name, module in model.named_modules():
-        if name and ends_with(name, modules_to_save):
-            module.requires_grad_(True)
     model.__dict__[_SAVED] = list(modules_to_save)
     return model
+
+
+def _train(parameters: Iterable[Tensor], requires_grad: bool) -> None:
+    for p in parameters:
+        p.requires_grad = requires_grad  # what requires_grad_ does, but for parameters of lazy modules too
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

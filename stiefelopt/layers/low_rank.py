@@ -28,7 +28,7 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
     nn.Linear, transformers' Conv1D, and anything with in_features, out_features and such a weight.
 
     Raises:
-        ConfigError: not linear.
+        ConfigError: not linear, or a weight that an update cannot be added to: quantized, or computed at every use.
     """
     if isinstance(base, SharedBase):
         return linear_sizes(base.module)
@@ -36,17 +36,47 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
         raise ConfigError(
             f"the base is a {type(base).__name__}, adapted already; use its own base, or merge_adapters first."
         )
+    sizes = _sizes(base)
+    if sizes is None:
+        raise ConfigError(
+            f"the base is a {type(base).__name__}; a linear module is needed: nn.Linear, transformers' Conv1D, or one "
+            f"with in_features, out_features and a weight (out_features, in_features)."
+        )
+    _check_weight(base)
+    return sizes
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear by its shape; `linear_sizes` says whether it can be adapted."""
+    return _sizes(module) is not None
+
+
+def _sizes(base: nn.Module) -> tuple[int, int, bool] | None:
     weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-        if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
-            return weight.shape[0], weight.shape[1], True
-        sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
-        if sizes == (weight.shape[1], weight.shape[0]):
-            return weight.shape[1], weight.shape[0], False
-    raise ConfigError(
-        f"the base is a {type(base).__name__}; a linear module is needed: nn.Linear, transformers' Conv1D, or one with "
-        f"in_features, out_features and a weight (out_features, in_features)."
-    )
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
+        return weight.shape[0], weight.shape[1], True
+    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    return (weight.shape[1], weight.shape[0], False) if sizes == (weight.shape[1], weight.shape[0]) else None
+
+
+def _check_weight(base: nn.Module) -> None:
+    """Refuse a weight whose numbers are not its values, or that is made anew at every use, with what is added lost."""
+    dtype = cast(Tensor, base.weight).dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ConfigError(
+            f"the base is a {type(base).__name__} with a weight in {dtype}; a linear module is needed whose weight "
+            f"(out_features, in_features) is float16, bfloat16, float32 or float64: load the model without "
+            f"quantization, or leave the module out."
+        )
+    if "weight" not in base._parameters and "weight" not in base._buffers:
+        raise ConfigError(
+            f"the base is a {type(base).__name__} whose weight is computed from others (weight_norm, spectral_norm, "
+            f"another parametrization, pruning, PEFT's adapters), so that what is added to it would be lost; a weight "
+            f"of its own is needed: remove_weight_norm, remove_spectral_norm, remove_parametrizations, prune.remove "
+            f"or merge_and_unload() first."
+        )
 
 
 def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> None:

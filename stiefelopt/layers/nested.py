@@ -1,8 +1,9 @@
-"""Nested inputs, rows of sequences of different lengths: what acts on each row by itself acts on all of them at once."""
+"""Nested inputs, sequences of different lengths: what acts on each row by itself acts on all of them at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ def over_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     if x.layout == torch.jagged:
         # With x's own offsets, so that torch knows the lengths to be the same.
+        own: Any = x
         return torch.nested.nested_tensor_from_jagged(
-            function(x.values()), x.offsets(), lengths=x.lengths(), jagged_dim=x._ragged_idx
+            function(x.values()), own.offsets(), lengths=own.lengths(), jagged_dim=own._ragged_idx
         )
     parts = x.unbind()
     shapes = [part.shape[:-1] for part in parts]
