@@ -706,6 +706,22 @@ def test_a_weight_that_is_computed_at_every_use_is_refused(make: Callable[..., n
     adapt(model, target_modules="0", r=2)
 
 
+# Begun on meta
+
+
+@pytest.mark.parametrize("init", corrected)
+def test_a_layer_begun_on_meta_is_corrected_once_it_has_been_filled(init: str) -> None:
+    with torch.device("meta"):
+        base = nn.Linear(IN, OUT)
+    layer = layer_on(base, init=init).to_empty(device="cpu")
+    twin = linear()
+    layer.base.load_state_dict(twin.state_dict())
+    layer.reset_parameters(torch.Generator().manual_seed(1))
+    x = inputs(5)
+    assert_near(layer(x).detach(), twin(x).detach())
+    assert_near(trained(layer).delta_weight() + twin.weight.detach(), merge_adapters(layer).weight.detach())
+
+
 # Copies and state
 
 

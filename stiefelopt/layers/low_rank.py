@@ -320,8 +320,13 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     @full_precision
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
-        """Take scale u v^T out of the original base weight, in place of what was taken out before."""
+        """Take scale u v^T out of the original base weight, in place of what was taken out before.
+
+        A base weight on meta has nothing to take it out of; `reset_parameters` does so when it has been filled.
+        """
         self.require_own_weight()
+        if self.folds and self.weight.is_meta:
+            return
         if self.folds and (u is not None or self._kept or self.U0 is not None):
             self._check_base_is_whole("a correction of the base weight")
         self.unmerge()
