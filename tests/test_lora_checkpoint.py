@@ -396,6 +396,39 @@ def test_conv1d_and_linear_together_cannot_be_one_checkpoint(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_module_used_in_two_places_cannot_be_exported(tmp_path: Path) -> None:
+    """PEFT would adapt it in one of them."""
+    model: Any = Nested()
+    model.inner["lin2"] = model.inner["lin"]
+    adapt(model, target_modules=["lin", "lin2"], r=2)
+    with pytest.raises(ConfigError, match=r"inner\.lin and inner\.lin2 are one module.*merge_adapters"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parent_used_in_two_places_is_exported(tmp_path: Path) -> None:
+    """PEFT, too, changes what is inside it for both."""
+
+    def make() -> nn.Module:
+        block = Nested()
+        return nn.Sequential(block, block)
+
+    model = disturb(adapt(make(), target_modules=["lin"], r=2))
+    x = torch.randn(4, 6)
+    assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
+
+
+def test_saved_modules_are_exported_however_they_lie_in_memory(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(16, 6))
+
+    model = adapt(make(), target_modules=["2"], modules_to_save=["0"], r=2)
+    model = disturb(model.to(memory_format=torch.channels_last))
+    x = torch.randn(4, 3, 3, 3)
+    assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
+
+
 def test_an_adapter_name_means_nothing_here(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapter_name"):
         export_lora(adapted(KINDS["Linear"]), tmp_path / "out", "default")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from ..errors import ConfigError
 from ..full_precision import full_precision
 from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
@@ -103,10 +104,12 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         The directory.
 
     Raises:
-        ConfigError: no adapted layer, Conv1D and Linear mixed, or safetensors is not installed.
+        ConfigError: no adapted layer, Conv1D and Linear mixed, an adapted or saved module that is used in two places,
+            or safetensors is not installed.
     """
     safetensors = _safetensors()
     parts = parts_of(model, adapter_name)
+    _check_places(parts)
     orientations = {layer.fan_in_fan_out for layer in parts.layers.values()}
     if len(orientations) > 1:
         raise ConfigError(
@@ -122,15 +125,29 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
             b.cpu(),
         )
     for name, module in parts.saved.items():
-        tensors.update(
-            {f"{_PREFIX}{name}.{k}": t.detach().cpu().clone() for k, t in module.state_dict().items()}
-        )
+        state = {f"{_PREFIX}{name}.{k}": whole(t).detach().cpu() for k, t in module.state_dict().items()}
+        tensors.update({key: t.clone(memory_format=torch.contiguous_format) for key, t in state.items()})
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
     config = _lora_config(parts, ranks, fan_in_fan_out=orientations.pop())
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def _check_places(parts: Parts) -> None:
+    """Refuse a module that several modules hold: PEFT adapts it in one of them and leaves it plain in the others."""
+    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
+    for name, module in parts.model.named_modules(remove_duplicate=False):
+        parent, _, leaf = name.rpartition(".")
+        places.setdefault(module, {}).setdefault((parts.model.get_submodule(parent), leaf), name)
+    for name in (*parts.layers, *parts.saved):
+        names = list(places[parts.model.get_submodule(name)].values())
+        if len(names) > 1:
+            raise ConfigError(
+                f"{' and '.join(names)} are one module, and a LoRA checkpoint would change it in one place only; save "
+                f"it with adapter_state_dict, or merge_adapters(model) and save the whole model."
+            )
 
 
 def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
