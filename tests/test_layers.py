@@ -768,6 +768,16 @@ def test_a_state_dict_round_trip_gives_the_same_function(
     assert live.U.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("saved", "live"), [(KEPT, "random"), (KEPT, "pseudo-zero"), ("pseudo-zero", KEPT)])
+def test_a_state_without_metadata_loads_across_inits(saved: str, live: str, dtype: torch.dtype) -> None:
+    """safetensors drops what torch.save keeps beside the tensors."""
+    source, target = (trained(layer_on(linear(dtype), init=init), seed=i) for i, init in enumerate((saved, live)))
+    target.load_state_dict(dict(source.state_dict()))
+    x = inputs(5, dtype=dtype)
+    assert_near(target(x).detach(), source(x).detach())
+
+
 def test_a_state_saved_while_merged_does_not_count_the_update_twice() -> None:
     saved, live = trained(layer_on(linear())), layer_on(linear(), seed=8)
     x = inputs(5)

@@ -391,17 +391,43 @@ class LowRankLinear(nn.Module):
         adapter = all(prefix + name in state_dict for name in self.FACTORS)
         if prefix + "base.weight" in state_dict and (adapter or self.folds):
             self.unmerge()
+            if saved[0] is not None and saved[1] is not None:
+                metadata: Mapping[str, Any] = args[0] if args else kwargs["local_metadata"]
+                folds = metadata.get("folds")
+                self.folds = (
+                    self._tell_folds(state_dict[prefix + "base.weight"], *saved) if folds is None else folds
+                )
             self._kept.clear()
             self.U0, self.V0 = own
-            if own[0] is not None:
-                metadata: Mapping[str, Any] = args[0] if args else kwargs["local_metadata"]
-                self.folds = metadata.get("folds", self.folds)
         elif adapter:
             fits = [t is None or o is None or t.shape == o.shape for t, o in zip(saved, own, strict=True)]
             self._correct(*(t if t is None else t.to(self.U) for t in (saved if all(fits) else own)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if adapter:
             self._refine(*(state_dict[prefix + name].dtype for name in "UV"))
+
+    @torch.no_grad()
+    @full_precision
+    def _tell_folds(self, saved: Tensor, u0: Tensor, v0: Tensor) -> bool:
+        """Whether a saved base weight has its correction in it, for a state without metadata (safetensors has none).
+
+        The weight here before any correction tells, where the state began with the same one. Elsewhere the layer that
+        was saved is taken to be like this one.
+        """
+        here = (self.weight, self.U, self.V)
+        if any(is_distributed(t) or t.is_meta for t in (saved, *here)):
+            return self.folds
+        if [t.shape for t in (saved, u0, v0)] != [t.shape for t in here]:
+            return self.folds  # refused when it is loaded
+        before = self._correction() if self.folds and "original" not in self._kept else None
+        original = self._kept.get("original", self.weight).to(self.U.dtype)
+        original = original if before is None else original + self._oriented(before)
+        change = saved.to(original) - original
+        correction = self._oriented(self.scale * (u0.to(original) @ v0.to(original).T))
+        kept, folded = change.abs().max(), (change + correction).abs().max()
+        if min(kept, folded) > 8 * torch.finfo(saved.dtype).eps * original.abs().max():
+            return self.folds
+        return bool(folded < kept)
 
     @torch.no_grad()
     def _refine(self, *was: torch.dtype) -> None:
@@ -435,7 +461,8 @@ class LowRankLinear(nn.Module):
 def _save_unmerged(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """A state holds the base weight without the update, whose factors it holds beside it.
 
-    Its metadata, which torch.save keeps, says whether that weight has the correction in it.
+    Its metadata, which torch.save keeps, says whether that weight has the correction in it. A key of its own would
+    survive safetensors too, but older states lack it, and averages of states would take it for a weight.
     """
     assert isinstance(module, LowRankLinear)
     metadata["folds"] = module.folds
