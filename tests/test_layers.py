@@ -1008,6 +1008,10 @@ BAD_ADAPT: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["key"], "r": 2, "init": "orthogonal"},
         r"'orthogonal'.*'pseudo-zero'",
     ),
+    "a seed for a generator": (
+        {"target_modules": ["key"], "r": 2, "generator": 3},
+        r"generator is 3; pass torch\.Generator\(\)",
+    ),
     "a reference_dim that is none": (
         {"target_modules": ["key"], "r": 2, "reference_dim": 0},
         r"reference_dim.*0",
@@ -1032,6 +1036,16 @@ def test_an_adapt_that_fails_half_way_puts_the_very_same_weights_back() -> None:
         adapt(model, RiemannLoRALinear, target_modules="all-linear", r=2, correction="fold")
     assert_unchanged(model, before)
     assert all(m.weight is weight for m, weight in zip(model, weights, strict=True))
+
+
+def test_singular_vectors_of_a_weight_with_nan_are_refused() -> None:
+    model = Model()
+    nn.init.constant_(model.get_parameter("layers.1.key.weight"), math.nan)
+    weight = model.get_parameter("layers.0.key.weight")
+    with pytest.raises(ConfigError, match=r"^layers\.1\.key: init='svd-major'.*NaN or infinite"):
+        adapt(model, target_modules=["key"], r=2, init="svd-major")
+    assert model.get_parameter("layers.0.key.weight") is weight
+    assert weight.requires_grad
 
 
 def test_lazy_modules_beside_the_adapted_ones_are_frozen_or_saved_like_others() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -606,6 +607,13 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("options", [{"r": 3}, {"alpha": 6.0}, {"target_modules": ["query"]}])
+def test_options_that_the_checkpoint_decides_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    peft_checkpoint(KINDS["Linear"], tmp_path)
+    with pytest.raises(ConfigError, match=rf"{next(iter(options))}, which the checkpoint decides.*leave it out"):
+        import_lora(bert(), tmp_path, **options)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -630,6 +638,16 @@ def test_dora_saved_by_peft_is_refused(tmp_path: Path) -> None:
     peft_checkpoint(KINDS["Linear"], tmp_path, use_dora=True)
     with pytest.raises(ConfigError, match=r"DoRA.*plain LoRA"):
         import_lora(bert(), tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, np.zeros((3, 3), dtype=np.float32)], ids=["None", "numpy"])
+def test_a_state_of_something_else_than_tensors_changes_nothing(value: Any) -> None:
+    model = disturb(adapted(KINDS["Linear and a head"]))
+    before, state = everything(model), adapter_state_dict(adapted(KINDS["Linear and a head"]))
+    state[next(name for name in reversed(state) if name.endswith(".S"))] = value
+    with pytest.raises(ConfigError, match=rf"\.S is a {type(value).__name__}; a tensor is needed"):
+        load_adapter_state_dict(model, state)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

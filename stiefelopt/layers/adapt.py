@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,10 +80,8 @@ def _sizes_of(found: Sequence[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
     names = {name for name, _ in found}
     sizes = []
     for name, module in found:
-        try:
+        with _naming(name):
             sizes.append(linear_sizes(module)[:2])
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from None
         outer = next((prefix for prefix in _prefixes(name) if prefix in names), name)
         if outer != name:
             raise ConfigError(
@@ -90,6 +89,15 @@ def _sizes_of(found: Sequence[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
                 f"exclude_modules."
             )
     return sizes
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors about a layer say which one."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -156,9 +164,10 @@ def adapt(
     weights = [(module, module.weight) for _, module in found]
     try:
         made: dict[nn.Module, LowRankLinear] = {}
-        for _, module in found:
+        for name, module in found:
             if module not in made:
-                made[module] = layer(module, reference_dim=reference_dim, **layer_options)
+                with _naming(name):
+                    made[module] = layer(module, reference_dim=reference_dim, **layer_options)
         _train(model.parameters(), False)
         for name, module in found:
             _put(model, name, made[module])
@@ -272,7 +281,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `adapter_state_dict` gave into a model adapted in the same way; merged layers are unmerged.
 
     Raises:
-        ConfigError: names or shapes differ; nothing has changed.
+        ConfigError: names or shapes differ, or a value is no tensor; nothing has changed.
     """
     model = inside_wrappers(model)
     layers, saved = _own_layers(model), saved_modules(model)
@@ -285,6 +294,9 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
             f"{sorted(unknown)[:3]}; adapt "
             f"the model with the targets it was saved with."
         )
+    for key, t in state.items():
+        if not isinstance(t, Tensor):
+            raise ConfigError(f"{key} is a {type(t).__name__}; a tensor is needed, as adapter_state_dict gives it.")
     parts = {name: _below(state, name) for name in (*layers, *saved)}
     for name, layer in layers.items():
         layer.check_factors(parts[name], name)

@@ -39,6 +39,8 @@ _BEYOND_LORA = {
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "single tokens that are trained",
 }
+# The options of `adapt` and of our tuners that a checkpoint decides.
+_FROM_CHECKPOINT = {"r", "alpha", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"}
 # Beginnings of `init_lora_weights` that change W itself, so that the pairs are meant for another base model.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -208,14 +210,17 @@ def import_lora(
         The model, or the PeftModel around it.
 
     Raises:
-        ConfigError: not a plain LoRA checkpoint (DoRA, activated LoRA, PiSSA before its conversion, ...), or it does
-            not fit the model.
+        ConfigError: not a plain LoRA checkpoint (DoRA, activated LoRA, PiSSA before its conversion, ...), it does not
+            fit the model, or an option that the checkpoint decides.
     """
     if not callable(layer):
         raise ConfigError(
             f"layer is the object {type(layer).__name__}(...); a class is needed, and its options after it: "
             f"import_lora(model, directory, {type(layer).__name__}, ...)."
         )
+    given = sorted(_FROM_CHECKPOINT.intersection(layer_options))
+    if given:
+        raise ConfigError(f"import_lora got {', '.join(given)}, which the checkpoint decides; leave it out.")
     safetensors = _safetensors()
     path = Path(directory)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
