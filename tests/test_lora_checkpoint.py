@@ -419,13 +419,25 @@ def test_a_parent_used_in_two_places_is_exported(tmp_path: Path) -> None:
     assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
 
 
+def test_an_untied_head_is_saved_by_transformers(tmp_path: Path) -> None:
+    """As docs/training_loops.md says."""
+    model = gpt2()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    adapt(model, target_modules=["lm_head"], r=2).save_pretrained(tmp_path)  # type: ignore[operator]
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["lm_head.base.weight"], saved["transformer.wte.weight"])
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        adapt(gpt2(), target_modules=["lm_head"], r=2).save_pretrained(tmp_path)  # type: ignore[operator]
+
+
 def test_saved_modules_are_exported_however_they_lie_in_memory(tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(16, 6))
 
-    model = adapt(make(), target_modules=["2"], modules_to_save=["0"], r=2)
-    model = disturb(model.to(memory_format=torch.channels_last))
+    model: Any = adapt(make(), target_modules=["2"], modules_to_save=["0"], r=2)
+    disturb(model.to(memory_format=torch.channels_last))
     x = torch.randn(4, 3, 3, 3)
     assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
 
@@ -610,7 +622,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(
 @pytest.mark.parametrize("options", [{"r": 3}, {"alpha": 6.0}, {"target_modules": ["query"]}])
 def test_options_that_the_checkpoint_decides_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     peft_checkpoint(KINDS["Linear"], tmp_path)
-    with pytest.raises(ConfigError, match=rf"{next(iter(options))}, which the checkpoint decides.*leave it out"):
+    with pytest.raises(
+        ConfigError, match=rf"{next(iter(options))}, which the checkpoint decides.*leave it out"
+    ):
         import_lora(bert(), tmp_path, **options)
 
 

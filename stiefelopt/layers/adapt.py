@@ -296,7 +296,9 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
     for key, t in state.items():
         if not isinstance(t, Tensor):
-            raise ConfigError(f"{key} is a {type(t).__name__}; a tensor is needed, as adapter_state_dict gives it.")
+            raise ConfigError(
+                f"{key} is a {type(t).__name__}; a tensor is needed, as adapter_state_dict gives it."
+            )
     parts = {name: _below(state, name) for name in (*layers, *saved)}
     for name, layer in layers.items():
         layer.check_factors(parts[name], name)

@@ -96,7 +96,9 @@ def loi_init(
 
 def _as_list(loss_closure: Any) -> list[Closure]:
     """One closure or several as a list."""
-    several = isinstance(loss_closure, Iterable) and not (callable(loss_closure) or isinstance(loss_closure, Tensor))
+    several = isinstance(loss_closure, Iterable) and not (
+        callable(loss_closure) or isinstance(loss_closure, Tensor)
+    )
     closures = list(loss_closure) if several else [loss_closure]
     wrong = [type(c).__name__ for c in closures if not callable(c)]
     if wrong:

@@ -399,12 +399,11 @@ class LowRankLinear(nn.Module):
         adapter = all(prefix + name in state_dict for name in self.FACTORS)
         if prefix + "base.weight" in state_dict and (adapter or self.folds):
             self.unmerge()
-            if saved[0] is not None and saved[1] is not None:
+            u0, v0 = saved
+            if u0 is not None and v0 is not None:
                 metadata: Mapping[str, Any] = args[0] if args else kwargs["local_metadata"]
-                folds = metadata.get("folds")
-                self.folds = (
-                    self._tell_folds(state_dict[prefix + "base.weight"], *saved) if folds is None else folds
-                )
+                weight = state_dict[prefix + "base.weight"]
+                self.folds = metadata["folds"] if "folds" in metadata else self._tell_folds(weight, u0, v0)
             self._kept.clear()
             self.U0, self.V0 = own
         elif adapter:
