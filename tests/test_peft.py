@@ -830,7 +830,10 @@ def test_a_tuner_on_another_tuner_leaves_it_in(config: Config) -> None:
     trained_layer = layer.adapters["default"]
     near(outer(x).detach(), trained_layer.add_update(expected, x).detach())
     layer.base_layer = nn.Linear(8, 8)
-    near(layer(x).detach(), trained_layer.add_update(layer.base_layer(x), x).detach())
+    expected = trained_layer.add_update(layer.base_layer(x), x).detach()
+    near(layer(x).detach(), expected)
+    layer.merge()
+    near(layer(x).detach(), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")

@@ -125,6 +125,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.adapters:
                 continue
+            # Whoever has put another base layer here since the adapter was made means this one.
+            cast(SharedBase, self.adapters[name].base).module = self.get_base_layer()
             self.adapters[name].merge()
             self.merged_adapters.append(name)
             if safe_merge and not bool(torch.isfinite(self.adapters[name].weight).all()):
