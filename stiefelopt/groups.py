@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -98,9 +99,11 @@ def constrain(
 
 def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
     path, _, leaf = name.rpartition(".")
-    owner = dict(module.named_modules()).get(path)
-    p = None if owner is None else owner._parameters.get(leaf)
-    if owner is None or p is None:
+    p = None
+    with contextlib.suppress(AttributeError):  # no such module
+        owner = module.get_submodule(path)
+        p = owner._parameters.get(leaf)
+    if p is None:
         known = [n for n, _ in module.named_parameters()]
         shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         raise ConfigError(f"{type(module).__name__} has no parameter {name!r}; it has: {shown or 'none'}.")

@@ -339,6 +339,14 @@ def test_dotted_names_and_specs(manifold: Any, at_root: bool) -> None:
     assert "manifold" not in group_with(param_groups(model), model, "0.weight")
 
 
+def test_a_module_under_two_names_is_constrained_by_either() -> None:
+    model: Any = nn.Module()
+    model.a = model.b = nn.Linear(4, 9)
+    constrain(model, "b.weight", Stiefel())
+    assert "manifold" in group_with(param_groups(model), model, "a.weight")
+    assert residual(model.a.weight) < 1e-5
+
+
 @pytest.mark.parametrize("orientation", ["columns", "rows"])
 def test_a_stated_orientation_reaches_the_group(orientation: str) -> None:
     module = constrain(nn.Linear(5, 5), "weight", Stiefel(), orientation=orientation)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import AdamW
 from transformers.pytorch_utils import Conv1D
 
@@ -674,6 +675,54 @@ def test_a_base_that_is_not_linear_is_refused_and_left_trainable(make: Callable[
     assert all(p.requires_grad for p in base.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_a_weight_that_is_not_in_a_plain_dtype_is_refused_by_it(dtype: torch.dtype) -> None:
+    """Quantized weights are scaled by other numbers: what is added to them is not what was meant."""
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.zeros(8, 8).to(dtype), requires_grad=False)
+    with pytest.raises(ConfigError, match=rf"Linear.*{dtype}.*float16, bfloat16, float32 or float64"):
+        RiemannLoRALinear(model[1], 2)
+    with pytest.raises(ConfigError, match=rf"^1: .*{dtype}"):
+        adapt(model, target_modules="all-linear", r=2)
+
+
+COMPUTED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "parametrizations.weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "prune": lambda m: prune.random_unstructured(m, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=list(COMPUTED))
+def test_a_weight_that_is_computed_at_every_use_is_refused(make: Callable[..., nn.Module]) -> None:
+    """Merging into it, or folding, would be lost at the next forward."""
+    model = nn.Sequential(nn.Linear(8, 8), make(nn.Linear(8, 8)))
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"^1: .*computed from others.*remove_parametrizations"):
+        adapt(model, target_modules="all-linear", r=2, init="pseudo-zero")
+    assert_unchanged(model, before)
+    adapt(model, target_modules="0", r=2)
+
+
+# Begun on meta
+
+
+@pytest.mark.parametrize("init", corrected)
+def test_a_layer_begun_on_meta_is_corrected_once_it_has_been_filled(init: str) -> None:
+    with torch.device("meta"):
+        base = nn.Linear(IN, OUT)
+    layer: Any = layer_on(base, init=init).to_empty(device="cpu")
+    twin = linear()
+    layer.base.load_state_dict(twin.state_dict())
+    layer.reset_parameters(torch.Generator().manual_seed(1))
+    x = inputs(5)
+    assert_near(layer(x).detach(), twin(x).detach())
+    expected = trained(layer).delta_weight() + twin.weight.detach()
+    assert_near(weight_of(merge_adapters(layer)), expected)
+
+
 # Copies and state
 
 
@@ -718,6 +767,18 @@ def test_a_state_dict_round_trip_gives_the_same_function(
     assert torch.equal(live(x), saved(x))
     assert_near(live.delta_weight(), saved.delta_weight(), 1e-7)
     assert live.U.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("saved", "live"), [(KEPT, "random"), (KEPT, "pseudo-zero"), ("pseudo-zero", KEPT)])
+def test_a_state_without_metadata_loads_across_inits(saved: str, live: str, dtype: torch.dtype) -> None:
+    """safetensors drops what torch.save keeps beside the tensors."""
+    source, target = (
+        trained(layer_on(linear(dtype), init=init), seed=i) for i, init in enumerate((saved, live))
+    )
+    target.load_state_dict(dict(source.state_dict()))
+    x = inputs(5, dtype=dtype)
+    assert_near(target(x).detach(), source(x).detach())
 
 
 def test_a_state_saved_while_merged_does_not_count_the_update_twice() -> None:
@@ -852,6 +913,7 @@ TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"target_modules": "all-linear", "exclude_modules": r"layers\.1\..*|classifier"},
         {n for n in EVERY if n.startswith("layers.0")},
     ),
+    "all-linear in capitals, as in PEFT": ({"target_modules": "ALL-Linear"}, {*EVERY, "classifier"}),
     "the output embedding by name": ({"target_modules": ["lm_head"]}, {"lm_head"}),
 }
 
@@ -949,6 +1011,10 @@ BAD_ADAPT: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["key"], "r": 2, "init": "orthogonal"},
         r"'orthogonal'.*'pseudo-zero'",
     ),
+    "a seed for a generator": (
+        {"target_modules": ["key"], "r": 2, "generator": 3},
+        r"generator is 3; pass torch\.Generator\(\)",
+    ),
     "a reference_dim that is none": (
         {"target_modules": ["key"], "r": 2, "reference_dim": 0},
         r"reference_dim.*0",
@@ -964,6 +1030,49 @@ def test_a_refused_adapt_changes_nothing(options: dict[str, Any], message: str) 
     with pytest.raises(ConfigError, match=message):
         adapt(model, StelLALinear, **options)
     assert_unchanged(model, before)
+
+
+def test_an_adapt_that_fails_half_way_puts_the_very_same_weights_back() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), BufferedLinear(nn.Linear(8, 8)), nn.Linear(8, 8).bfloat16())
+    weights, before = [m.weight for m in model], everything(model)
+    with pytest.raises(ConfigError, match=r"'fold' rounds away"):
+        adapt(model, RiemannLoRALinear, target_modules="all-linear", r=2, correction="fold")
+    assert_unchanged(model, before)
+    assert all(m.weight is weight for m, weight in zip(model, weights, strict=True))
+
+
+def test_singular_vectors_of_a_weight_with_nan_are_refused() -> None:
+    model = Model()
+    nn.init.constant_(model.get_parameter("layers.1.key.weight"), math.nan)
+    weight = model.get_parameter("layers.0.key.weight")
+    with pytest.raises(ConfigError, match=r"^layers\.1\.key: init='svd-major'.*NaN or infinite"):
+        adapt(model, target_modules=["key"], r=2, init="svd-major")
+    assert model.get_parameter("layers.0.key.weight") is weight
+    assert weight.requires_grad
+
+
+def test_lazy_modules_beside_the_adapted_ones_are_frozen_or_saved_like_others() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyLinear(3))
+    adapt(model, target_modules=["0"], modules_to_save=["2"], r=2, init="pseudo-zero")
+    model(torch.randn(4, 8)).sum().backward()
+    assert (model[1].weight.grad is None, model[2].weight.grad is None) == (True, False)
+
+
+class Gated(LinearLike):
+    """A linear module with a linear module in it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.gate = nn.Linear(in_features, out_features)
+
+
+def test_matches_inside_matches_are_refused() -> None:
+    model = nn.Sequential(Gated(8, 8))
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"matches 0 and 0\.gate inside it.*exclude_modules"):
+        adapt(model, target_modules="all-linear", r=2)
+    assert_unchanged(model, before)
+    assert adapted_names(adapt(model, target_modules="all-linear", exclude_modules=["gate"], r=2)) == {"0"}
 
 
 def test_adapting_twice_is_refused_with_the_way_out() -> None:
@@ -1007,6 +1116,41 @@ def test_torchs_encoder_layer_gives_in_eval_what_it_gives_in_training(targets: A
     assert_near(model.eval()(x).detach(), expected)
     with torch.no_grad():
         assert_near(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+def test_torchs_encoder_packs_padded_sequences(layer: Any) -> None:
+    """In eval, given a mask, it hands nested tensors to its linear modules."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    adapt(model, layer, target_modules=["linear1", "linear2"], r=4, alpha=64)
+    for m in model.modules():
+        if isinstance(m, layer):
+            trained(m)
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model.train()(x, src_key_padding_mask=mask).detach() * ~mask[..., None]
+    with torch.no_grad():
+        assert_near(model.eval()(x, src_key_padding_mask=mask), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+@pytest.mark.parametrize("init", ["random", "fold", "keep"])
+def test_nested_inputs_give_the_rows_and_gradients_of_plain_ones(layout: torch.layout, init: str) -> None:
+    layer, twin = (trained(layer_on(linear(), init=init)) for _ in range(2))
+    rows = [inputs(3, seed=1), inputs(4, seed=2)]
+    x = torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
+    y = layer(x) + layer.base(x)  # of the same lengths as far as torch knows
+    plain = [part.clone().requires_grad_() for part in rows]
+    expected = [twin(part) + twin.base(part) for part in plain]
+    for got, want in zip(y.unbind(), expected, strict=True):
+        assert_near(got.detach(), want.detach())
+    torch.cat([part.square() for part in y.unbind()]).sum().backward()
+    torch.cat([part.square() for part in expected]).sum().backward()
+    grads = [*(p.grad for p in (layer.U, layer.S, layer.V)), *(x.grad.unbind() if x.grad is not None else ())]
+    for got, want in zip(grads, [p.grad for p in (twin.U, twin.S, twin.V, *plain)], strict=True):
+        assert_near(got, want, 1e-3)
 
 
 def test_every_adapted_layer_gets_a_gradient_in_torchs_encoder_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,24 @@ def test_manual_optimization_with_a_second_optimizer(tmp_path: Path) -> None:
     assert not same(bits(module.net), before)
     assert max(trainer.optimizers[0].residuals().values()) < 1e-6
     assert len((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()) == 1 + 8 // 4
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_the_callback_leaves_no_hook_behind(breaks: bool, tmp_path: Path) -> None:
+    class Breaking(Module):
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            if breaks and index == 1:
+                raise ZeroDivisionError
+            return super().training_step(batch, index)
+
+        def configure_optimizers(self) -> Any:
+            self.wrapper = wrapped(self)
+            return self.wrapper
+
+    module = Breaking()
+    with pytest.raises(ZeroDivisionError) if breaks else contextlib.nullcontext():
+        fit(module, tmp_path, callbacks=[RiemannianCallback()])
+    assert not module.wrapper._optimizer_step_post_hooks
 
 
 def test_the_callback_refuses_a_module_without_points(tmp_path: Path) -> None:

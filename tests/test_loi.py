@@ -360,6 +360,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative oversample": ({"oversample": -1}, r"oversample=-1"),
     "half a power iteration": ({"power_iterations": 0.5}, r"power_iterations=0\.5"),
     "no closures": ({"loss_closure": []}, r"0 closures"),
+    "the loss itself": ({"loss_closure": torch.zeros(())}, r"is or holds a Tensor; a function that returns"),
+    "no function": ({"loss_closure": [3]}, r"is or holds a int; a function that returns"),
+    "a seed": ({"generator": 3}, r"generator is 3; pass torch\.Generator\(\)"),
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -240,6 +241,46 @@ def test_a_plain_model_has_no_adapter_state(use: Callable[[nn.Module], Any]) -> 
         use(bert())
 
 
+class Parent(nn.Module):
+    """What a LightningModule is to the model in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "a parent": Parent,
+    "both": lambda model: Parent(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=list(WRAPPERS))
+def test_a_wrapped_model_has_the_plain_models_checkpoints(wrap: Callable[..., Any], tmp_path: Path) -> None:
+    kind = KINDS["Linear and a head"]
+    model = disturb(adapted(kind))
+    plain, state = adapter_state_dict(model), adapter_state_dict(wrap(model))
+    assert state.keys() == plain.keys()
+    for name in (n for n in plain if "classifier" in n):
+        assert torch.equal(state[name], plain[name])
+    fresh = adapted(kind, generator=torch.Generator().manual_seed(99))
+    load_adapter_state_dict(wrap(fresh), plain)
+    assert_near(logits(fresh), logits(model), 0)
+    assert_near(logits(exported_to_peft(wrap(model), bert, tmp_path)), logits(model))
+
+
+def test_two_adapted_models_in_one_parent_keep_both_heads() -> None:
+    kind = KINDS["Linear and a head"]
+    pair = nn.ModuleDict({"a": disturb(adapted(kind)), "b": adapted(kind)})
+    state = adapter_state_dict(pair)
+    assert {n.split(".")[0] for n in state if n.endswith("classifier.weight")} == {"a", "b"}
+    fresh: Any = nn.ModuleDict({"a": adapted(kind), "b": adapted(kind)})
+    load_adapter_state_dict(fresh, state)
+    assert_near(logits(fresh["a"]), logits(pair["a"]), 0)
+
+
 # export
 
 
@@ -354,6 +395,51 @@ def test_conv1d_and_linear_together_cannot_be_one_checkpoint(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"mix Conv1D and Linear.*separate"):
         export_lora(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_module_used_in_two_places_cannot_be_exported(tmp_path: Path) -> None:
+    """PEFT would adapt it in one of them."""
+    model: Any = Nested()
+    model.inner["lin2"] = model.inner["lin"]
+    adapt(model, target_modules=["lin", "lin2"], r=2)
+    with pytest.raises(ConfigError, match=r"inner\.lin and inner\.lin2 are one module.*merge_adapters"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parent_used_in_two_places_is_exported(tmp_path: Path) -> None:
+    """PEFT, too, changes what is inside it for both."""
+
+    def make() -> nn.Module:
+        block = Nested()
+        return nn.Sequential(block, block)
+
+    model = disturb(adapt(make(), target_modules=["lin"], r=2))
+    x = torch.randn(4, 6)
+    assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
+
+
+def test_an_untied_head_is_saved_by_transformers(tmp_path: Path) -> None:
+    """As docs/training_loops.md says."""
+    model = gpt2()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    adapt(model, target_modules=["lm_head"], r=2).save_pretrained(tmp_path)  # type: ignore[operator]
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["lm_head.base.weight"], saved["transformer.wte.weight"])
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        adapt(gpt2(), target_modules=["lm_head"], r=2).save_pretrained(tmp_path)  # type: ignore[operator]
+
+
+def test_saved_modules_are_exported_however_they_lie_in_memory(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(16, 6))
+
+    model: Any = adapt(make(), target_modules=["2"], modules_to_save=["0"], r=2)
+    disturb(model.to(memory_format=torch.channels_last))
+    x = torch.randn(4, 3, 3, 3)
+    assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
 
 
 def test_an_adapter_name_means_nothing_here(tmp_path: Path) -> None:
@@ -507,6 +593,10 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another method": (edit_config(peft_type="LOHA"), r"LOHA.*LoRA is needed"),
     "DoRA": (edit_config(use_dora=True), r"DoRA.*plain LoRA"),
+    "activated LoRA": (edit_config(alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens.*plain LoRA"),
+    "Arrow": (edit_config(arrow_config={"top_k": 3}), r"Arrow.*plain LoRA"),
+    "replicated layers": (edit_config(layer_replication=[[0, 2], [1, 2]]), r"layer_replication.*plain LoRA"),
+    "a quantized base": (edit_config(init_lora_weights="loftq"), r"'loftq'.*base weights.*plain LoRA"),
     "ranks that differ": (edit_tensors(_one_of_rank_2), r"rank.*one rank"),
     "layers the model lacks": (edit_tensors(_other_layers), r"layer\.7"),
     "shapes that do not fit": (edit_tensors(_too_wide), r"layer\.1\.attention\.self\.value.*17"),
@@ -527,6 +617,15 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(
     with pytest.raises(ConfigError, match=message):
         import_lora(model, tmp_path)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("options", [{"r": 3}, {"alpha": 6.0}, {"target_modules": ["query"]}])
+def test_options_that_the_checkpoint_decides_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    peft_checkpoint(KINDS["Linear"], tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"{next(iter(options))}, which the checkpoint decides.*leave it out"
+    ):
+        import_lora(bert(), tmp_path, **options)
 
 
 @pytest.mark.parametrize(
@@ -553,6 +652,45 @@ def test_dora_saved_by_peft_is_refused(tmp_path: Path) -> None:
     peft_checkpoint(KINDS["Linear"], tmp_path, use_dora=True)
     with pytest.raises(ConfigError, match=r"DoRA.*plain LoRA"):
         import_lora(bert(), tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, np.zeros((3, 3), dtype=np.float32)], ids=["None", "numpy"])
+def test_a_state_of_something_else_than_tensors_changes_nothing(value: Any) -> None:
+    model = disturb(adapted(KINDS["Linear and a head"]))
+    before, state = everything(model), adapter_state_dict(adapted(KINDS["Linear and a head"]))
+    state[next(name for name in reversed(state) if name.endswith(".S"))] = value
+    with pytest.raises(ConfigError, match=rf"\.S is a {type(value).__name__}; a tensor is needed"):
+        load_adapter_state_dict(model, state)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_inits_that_change_the_base_come_in_once_peft_has_converted_them(init: str, tmp_path: Path) -> None:
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["query"]}
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(bert(), peft.LoraConfig(init_lora_weights=init, **options))
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's documentation says
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn(p.shape), alpha=0.3)
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path / "raw")
+    with pytest.raises(ConfigError, match=rf"{init}.*path_initial_model_for_weight_conversion"):
+        import_lora(bert(), tmp_path / "raw")
+    theirs.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    assert_near(logits(import_lora(bert(), tmp_path / "plain")), expected)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_inits_that_leave_the_base_alone_come_in(init: str, tmp_path: Path) -> None:
+    theirs = peft_checkpoint(KINDS["Linear"], tmp_path)
+    edit_config(init_lora_weights=init)(tmp_path)
+    assert_near(logits(import_lora(bert(), tmp_path)), logits(theirs))
 
 
 def test_trained_biases_saved_by_peft_are_refused_or_kept(tmp_path: Path) -> None:

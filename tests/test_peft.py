@@ -818,6 +818,46 @@ def test_one_of_several_adapters_is_exported(config: Config, tmp_path: Path) -> 
     assert not (tmp_path / "none").exists()
 
 
+@both
+def test_a_tuner_on_another_tuner_leaves_it_in(config: Config) -> None:
+    x = torch.randn(5, 8)
+    inner = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    expected = inner(x).detach()
+    outer = get_peft_model(inner, config(r=2, target_modules=["0"]))
+    layer = next(m for m in outer.modules() if isinstance(m, AdaptedLinear))
+    trained_layer = layer.adapters["default"]
+    near(outer(x).detach(), trained_layer.add_update(expected, x).detach())
+    layer.base_layer = nn.Linear(8, 8)
+    expected = trained_layer.add_update(layer.base_layer(x), x).detach()
+    near(layer(x).detach(), expected)
+    layer.merge()
+    near(layer(x).detach(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@both
+def test_torchs_encoder_packs_padded_sequences(config: Config) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    model = get_peft_model(model, config(r=4, lora_alpha=64, target_modules=["linear1", "linear2"]))
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model.train()(x, src_key_padding_mask=mask).detach() * ~mask[..., None]
+    with torch.no_grad():
+        near(model.eval()(x, src_key_padding_mask=mask), expected)
+
+
+@both
+def test_a_wrapped_model_is_exported_as_what_it_wraps(config: Config, tmp_path: Path) -> None:
+    model = trained(config, bert, target_modules=["query"], modules_to_save=["classifier"])
+    for wrap in (nn.DataParallel, nn.Sequential):
+        loaded = PeftModel.from_pretrained(bert(), export_lora(wrap(model), tmp_path / wrap.__name__))
+        near(logits(loaded), logits(model), 5e-6)
+    with pytest.raises(UnknownNameError, match="pass the model that PEFT gave"):
+        export_lora(model.get_base_model().bert, tmp_path)
+
+
 def test_an_adapter_with_biases_is_no_plain_lora(tmp_path: Path) -> None:
     model = get_peft_model(bert(), StellaConfig(r=2, target_modules=["query"], bias="all"))
     with pytest.raises(ConfigError, match="trains biases"):
@@ -1023,6 +1063,17 @@ def test_what_adapt_made_and_what_peft_holds_are_not_mixed_up() -> None:
 
 
 # Registration
+
+
+def test_a_model_with_pefts_own_adapters_is_refused_until_they_are_merged() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    with pytest.raises(ConfigError, match=r"merge_and_unload\(\) first"):
+        StelLALinear(layer, 2)
+    with pytest.raises(ConfigError, match=r"0: .*merge_and_unload\(\) first"):
+        adapt(model, target_modules="all-linear", r=2)
+    assert model.base_model.model[0] is layer
+    adapt(model.merge_and_unload(), target_modules="all-linear", r=2)
 
 
 def test_the_peft_that_is_tested_is_the_one_that_is_claimed() -> None:

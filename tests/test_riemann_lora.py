@@ -538,6 +538,32 @@ def test_a_whole_state_loads_across_corrections(saved: str, live: str, merged: b
 
 
 @pytest.mark.parametrize(("saved", "live"), PAIRS)
+@pytest.mark.parametrize("live_state", ["fresh", "merged", "loaded"])
+@pytest.mark.parametrize("make", [linear, conv1d], ids=["Linear", "Conv1D"])
+def test_a_whole_state_without_metadata_loads_across_corrections(
+    saved: str, live: str, live_state: str, make: Callable[[], Any]
+) -> None:
+    """As safetensors gives it back: the base weight here tells whether the correction lies in the saved one."""
+    source = trained(layer_on(make(), correction=saved))
+    target = trained(layer_on(make(), seed=8, correction=live), seed=33)
+    if live_state == "merged":
+        target.merge()
+    if live_state == "loaded":
+        target.load_state_dict(layer_on(make(), seed=3, correction=live).state_dict())
+    target.load_state_dict(dict(source.state_dict()))
+    assert_near(target(inputs(9)), source(inputs(9)), 1e-6)
+    assert_near(target.delta_weight(), source.delta_weight(), 1e-6)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_without_metadata_another_base_is_taken_to_be_corrected_as_here(correction: str) -> None:
+    source = trained(layer_on(nn.Linear(IN, OUT), correction=correction))
+    target = trained(layer_on(nn.Linear(IN, OUT), seed=8, correction=correction), seed=33)
+    target.load_state_dict(dict(source.state_dict()))
+    assert_near(target(inputs(9)), source(inputs(9)), 1e-6)
+
+
+@pytest.mark.parametrize(("saved", "live"), PAIRS)
 @pytest.mark.parametrize("strict", [True, False], ids=["load_adapter_state_dict", "strict=False"])
 def test_an_adapters_state_loads_across_corrections(saved: str, live: str, strict: bool) -> None:
     """Also by torch's own load_state_dict(strict=False), which brings no base weight."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,7 +29,7 @@ class RiemannianCallback(Callback):
     """
 
     _monitor: StepMonitor
-    _hooks: list[RemovableHandle]
+    _hooks: Sequence[RemovableHandle] = ()
     _steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,10 +39,14 @@ class RiemannianCallback(Callback):
         self._hooks = [w.register_step_post_hook(lambda *_: ends()) for w in self._monitor.wrappers]
         self._steps = trainer.global_step
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Take the hooks off again."""
         for hook in self._hooks:
             hook.remove()
+
+    def on_exception(self, *_: Any) -> None:
+        """Likewise: training that was broken off does not end."""
+        self.on_train_end()
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Before the forward pass."""

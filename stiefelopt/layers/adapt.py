@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed import whole
 from ..errors import ConfigError
-from .low_rank import LowRankLinear, check_options, linear_sizes
+from .low_rank import LowRankLinear, check_options, is_linear, linear_sizes
 from .shared import SharedBase
 from .stella import StelLALinear
 
@@ -38,20 +39,13 @@ def _matches(name: str, targets: Targets) -> bool:
     return ends_with(name, targets)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    try:
-        linear_sizes(module)
-    except ConfigError:
-        return False
-    return True
-
-
 def _find_targets(
     model: nn.Module, targets: Targets, exclude: Targets | None, saved: Sequence[str]
 ) -> list[tuple[str, nn.Module]]:
     """The modules to adapt, in the model's order."""
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
     found = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LowRankLinear):
@@ -61,8 +55,8 @@ def _find_targets(
             continue
         # nn.MultiheadAttention reads its out_proj's weight and never calls it: an adapter there would not act.
         dead = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
-        if targets == "all-linear":
-            if _is_linear(module) and module is not head and not dead:
+        if everything:
+            if is_linear(module) and module is not head and not dead:
                 found.append((name, module))
         elif _matches(name, targets):
             if dead:
@@ -73,12 +67,37 @@ def _find_targets(
                 )
             found.append((name, module))
     if not found:
-        linear = [name for name, module in model.named_modules() if name and _is_linear(module)]
+        linear = [name for name, module in model.named_modules() if name and is_linear(module)]
         shown = ", ".join(linear[:6]) + (", ..." if len(linear) > 6 else "")
         raise ConfigError(
             f"target_modules={targets!r} matches no module to adapt; the linear modules are: {shown or 'none'}."
         )
     return found
+
+
+def _sizes_of(found: Sequence[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
+    """in_features and out_features of the modules to adapt; those that cannot be are refused by name."""
+    names = {name for name, _ in found}
+    sizes = []
+    for name, module in found:
+        with _naming(name):
+            sizes.append(linear_sizes(module)[:2])
+        outer = next((prefix for prefix in _prefixes(name) if prefix in names), name)
+        if outer != name:
+            raise ConfigError(
+                f"target_modules matches {outer} and {name} inside it; one of them is needed: name the other in "
+                f"exclude_modules."
+            )
+    return sizes
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors about a layer say which one."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -103,7 +122,7 @@ def adapt(
         model: any module.
         layer: the adapter.
         target_modules: as in PEFT: a regular expression that must match the whole module name, a list of
-            name endings, or "all-linear" (every linear module but the output embedding).
+            name endings, or "all-linear" in any case (every linear module but the output embedding).
         exclude_modules: likewise, taken out again.
         modules_to_save: name endings of modules that are trained whole, such as a new head.
         reference_dim: StelLA's d, default: the most frequent in_features among the adapted layers; printed.
@@ -113,7 +132,8 @@ def adapt(
         The model.
 
     Raises:
-        ConfigError: nothing matches, a match is not linear, or an option is out of range. Nothing has changed.
+        ConfigError: nothing matches, a match is not linear, has a quantized or computed weight or lies in another, or
+            an option is out of range. Nothing has changed, then or after any other error.
 
     Example:
         >>> model = adapt(model, StelLALinear, target_modules=["query", "value"], r=16, alpha=32)
@@ -127,7 +147,7 @@ def adapt(
             f"modules_to_save is the string {modules_to_save!r}; a list is needed: [{modules_to_save!r}]."
         )
     found = _find_targets(model, target_modules, exclude_modules, modules_to_save)
-    sizes = [linear_sizes(module)[:2] for _, module in found]
+    sizes = _sizes_of(found)
     missing = [
         e for e in modules_to_save if not any(ends_with(name, [e]) for name, _ in model.named_modules())
     ]
@@ -140,27 +160,39 @@ def adapt(
     if reference_dim is None:
         reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]
         print(f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}")
-    trainable = {id(p): p.requires_grad for p in model.parameters()}
-    made: dict[nn.Module, LowRankLinear] = {}
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    weights = [(module, module.weight) for _, module in found]
     try:
-        for _, module in found:
+        made: dict[nn.Module, LowRankLinear] = {}
+        for name, module in found:
             if module not in made:
-                made[module] = layer(module, reference_dim=reference_dim, **layer_options)
+                with _naming(name):
+                    made[module] = layer(module, reference_dim=reference_dim, **layer_options)
+        _train(model.parameters(), False)
+        for name, module in found:
+            _put(model, name, made[module])
+        for adapter in made.values():
+            _train((getattr(adapter, factor) for factor in adapter.FACTORS), True)
+        for name, module in model.named_modules():
+            if name and ends_with(name, modules_to_save):
+                _train(module.parameters(), True)
     except Exception:
-        for p in model.parameters():
-            p.requires_grad_(trainable[id(p)])
+        # The very same objects: a weight that has been corrected is another one.
+        for name, module in found:
+            _put(model, name, module)
+        for module, weight in weights:
+            if module.weight is not weight:
+                module.weight = weight
+        for p, requires_grad in trainable:
+            p.requires_grad = requires_grad
         raise
-    model.requires_grad_(False)
-    for name, module in found:
-        _put(model, name, made[module])
-    for adapter in made.values():
-        for factor in adapter.FACTORS:
-            getattr(adapter, factor).requires_grad_(True)
-    for name, module in model.named_modules():
-        if name and ends_with(name, modules_to_save):
-            module.requires_grad_(True)
     model.__dict__[_SAVED] = list(modules_to_save)
     return model
+
+
+def _train(parameters: Iterable[Tensor], requires_grad: bool) -> None:
+    for p in parameters:
+        p.requires_grad = requires_grad  # what requires_grad_ does, but for parameters of lazy modules too
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -197,9 +229,22 @@ def _own_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return layers
 
 
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model that `adapt` was given, where it holds every adapted layer, else the model itself.
+
+    torch.compile, DDP, or a LightningModule around it put a prefix to every name; a checkpoint has the plain ones.
+    """
+    layers = {m for m in model.modules() if isinstance(m, LowRankLinear)}
+    given = (m for m in model.modules() if _SAVED in m.__dict__ and layers.issubset(m.modules()))
+    return next(given, model)
+
+
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are trained whole, by name."""
-    endings = model.__dict__.get(_SAVED, [])
+    """The modules that are trained whole, by name; those of every adapted model where several lie below this one."""
+    endings = model.__dict__.get(_SAVED)
+    if endings is None:
+        below = ((child, saved_modules(module)) for child, module in model.named_children())
+        return {f"{child}.{name}": m for child, found in below for name, m in found.items()}
     return {name: m for name, m in model.named_modules() if name and ends_with(name, endings)}
 
 
@@ -217,7 +262,11 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained and nothing else: the factors, and the modules_to_save; detached, ready for safetensors."""
+    """What was trained and nothing else: the factors, and the modules_to_save; detached, ready for safetensors.
+
+    The names are those of the model that was adapted, whatever wraps it now.
+    """
+    model = inside_wrappers(model)
     state = {
         f"{name}.{key}" if name else key: t
         for name, module in _own_layers(model).items()
@@ -232,8 +281,9 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `adapter_state_dict` gave into a model adapted in the same way; merged layers are unmerged.
 
     Raises:
-        ConfigError: names or shapes differ; nothing has changed.
+        ConfigError: names or shapes differ, or a value is no tensor; nothing has changed.
     """
+    model = inside_wrappers(model)
     layers, saved = _own_layers(model), saved_modules(model)
     expected = set(adapter_state_dict(model))
     optional = {f"{name}.{k}" if name else k for name in layers for k in ("U0", "V0")}
@@ -244,6 +294,11 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
             f"{sorted(unknown)[:3]}; adapt "
             f"the model with the targets it was saved with."
         )
+    for key, t in state.items():
+        if not isinstance(t, Tensor):
+            raise ConfigError(
+                f"{key} is a {type(t).__name__}; a tensor is needed, as adapter_state_dict gives it."
+            )
     parts = {name: _below(state, name) for name in (*layers, *saved)}
     for name, layer in layers.items():
         layer.check_factors(parts[name], name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..distributed import is_distributed
 from ..errors import ConfigError, StepError
 from .adapt import adapted_layers
+from .low_rank import check_generator
 from .riemann_lora import RiemannLoRALinear, check_scale
 
 Closure = Callable[[], Tensor]
@@ -51,7 +52,8 @@ def loi_init(
         progress: show tqdm's bar, where tqdm is installed and somebody is looking (a terminal or a notebook).
 
     Raises:
-        ConfigError: no such layer, or the closure returned no loss that depends on the model.
+        ConfigError: no such layer, an option out of range, or the closure is none, or returned no loss that depends on
+            the model.
         StepError: a gradient is not finite. In both cases nothing has changed.
 
     Cost: 2 (q + 1) forward and backward passes, all layers at once, each batch; memory for 2 (m + n) (2 r +
@@ -63,7 +65,8 @@ def loi_init(
         to 1e-9.
     Reference: Bogachev et al., RiemannLoRA (arXiv 2507.12142), LOI and BackPropRSVD; Halko, Martinsson & Tropp (2011).
     """
-    closures = [loss_closure] if callable(loss_closure) else list(loss_closure)
+    closures = _as_list(loss_closure)
+    check_generator(generator)
     layers = {name: m for name, m in adapted_layers(model).items() if isinstance(m, RiemannLoRALinear)}
     if not layers:
         raise ConfigError(
@@ -89,6 +92,21 @@ def loi_init(
         starts = probing.singular_vectors(closures, oversample, power_iterations, generator, advance)
     for name, (u, v) in starts.items():
         layers[name].start_at(u, v, scale)
+
+
+def _as_list(loss_closure: Any) -> list[Closure]:
+    """One closure or several as a list."""
+    several = isinstance(loss_closure, Iterable) and not (
+        callable(loss_closure) or isinstance(loss_closure, Tensor)
+    )
+    closures = list(loss_closure) if several else [loss_closure]
+    wrong = [type(c).__name__ for c in closures if not callable(c)]
+    if wrong:
+        raise ConfigError(
+            f"loss_closure is or holds a {wrong[0]}; a function that returns the loss with its graph, or several, are "
+            f"needed: loi_init(model, lambda: loss_of(model(batch)))."
+        )
+    return closures
 
 
 class _Probing:

@@ -15,14 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from ..errors import ConfigError
 from ..full_precision import full_precision
-from .adapt import adapt, adapted_layers, check_state, ends_with, saved_modules
+from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
 from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+
+# What makes of a LoRA checkpoint another function than W + scale B A: the entry of adapter_config.json, and its name.
+_BEYOND_LORA = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "layers that are replicated",
+    "target_parameters": "LoRA on bare parameters",
+    "trainable_token_indices": "single tokens that are trained",
+}
+# The options of `adapt` and of our tuners that a checkpoint decides.
+_FROM_CHECKPOINT = {"r", "alpha", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"}
+# Beginnings of `init_lora_weights` that change W itself, so that the pairs are meant for another base model.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -46,11 +66,12 @@ READERS: list[Reader] = []
 
 
 def parts_of(model: nn.Module, adapter_name: str | None) -> Parts:
-    """The parts of a model that `adapt` or an integration has adapted."""
+    """The parts of a model that `adapt` or an integration has adapted, whatever wraps it."""
     for read in READERS:
         parts = read(model, adapter_name)
         if parts is not None:
             return parts
+    model = inside_wrappers(model)
     layers = adapted_layers(model)
     if adapter_name is not None:
         raise ConfigError(
@@ -77,7 +98,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     initialization was taken out of the base weight), with the scale baked in (lora_alpha = r).
 
     Args:
-        model: a model adapted by `adapt`, or by PEFT with one of our tuners.
+        model: a model adapted by `adapt`, or by PEFT with one of our tuners, wrapped (torch.compile, DDP) or not.
         directory: made if missing; adapter_config.json and adapter_model.safetensors are written to it.
         adapter_name: of a PEFT model; default: the active one.
 
@@ -85,10 +106,12 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         The directory.
 
     Raises:
-        ConfigError: no adapted layer, Conv1D and Linear mixed, or safetensors is not installed.
+        ConfigError: no adapted layer, Conv1D and Linear mixed, an adapted or saved module that is used in two places,
+            or safetensors is not installed.
     """
     safetensors = _safetensors()
     parts = parts_of(model, adapter_name)
+    _check_places(parts)
     orientations = {layer.fan_in_fan_out for layer in parts.layers.values()}
     if len(orientations) > 1:
         raise ConfigError(
@@ -104,15 +127,29 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
             b.cpu(),
         )
     for name, module in parts.saved.items():
-        tensors.update(
-            {f"{_PREFIX}{name}.{k}": t.detach().cpu().clone() for k, t in module.state_dict().items()}
-        )
+        state = {f"{_PREFIX}{name}.{k}": whole(t).detach().cpu() for k, t in module.state_dict().items()}
+        tensors.update({key: t.clone(memory_format=torch.contiguous_format) for key, t in state.items()})
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
     config = _lora_config(parts, ranks, fan_in_fan_out=orientations.pop())
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def _check_places(parts: Parts) -> None:
+    """Refuse a module that several modules hold: PEFT adapts it in one of them and leaves it plain in the others."""
+    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
+    for name, module in parts.model.named_modules(remove_duplicate=False):
+        parent, _, leaf = name.rpartition(".")
+        places.setdefault(module, {}).setdefault((parts.model.get_submodule(parent), leaf), name)
+    for name in (*parts.layers, *parts.saved):
+        names = list(places[parts.model.get_submodule(name)].values())
+        if len(names) > 1:
+            raise ConfigError(
+                f"{' and '.join(names)} are one module, and a LoRA checkpoint would change it in one place only; save "
+                f"it with adapter_state_dict, or merge_adapters(model) and save the whole model."
+            )
 
 
 def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
@@ -173,13 +210,17 @@ def import_lora(
         The model, or the PeftModel around it.
 
     Raises:
-        ConfigError: not a plain LoRA checkpoint, or it does not fit the model.
+        ConfigError: not a plain LoRA checkpoint (DoRA, activated LoRA, PiSSA before its conversion, ...), it does not
+            fit the model, or an option that the checkpoint decides.
     """
     if not callable(layer):
         raise ConfigError(
             f"layer is the object {type(layer).__name__}(...); a class is needed, and its options after it: "
             f"import_lora(model, directory, {type(layer).__name__}, ...)."
         )
+    given = sorted(_FROM_CHECKPOINT.intersection(layer_options))
+    if given:
+        raise ConfigError(f"import_lora got {', '.join(given)}, which the checkpoint decides; leave it out.")
     safetensors = _safetensors()
     path = Path(directory)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
@@ -187,10 +228,7 @@ def import_lora(
             f"{path} holds no {CONFIG} with {WEIGHTS}; save the adapter with peft's save_pretrained first."
         )
     config = json.loads((path / CONFIG).read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ConfigError(
-            f"{path} is a {config.get('peft_type')} checkpoint (DoRA: {config.get('use_dora')}); plain LoRA is needed."
-        )
+    _check_plain(config, path)
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
     endings = list(config.get("modules_to_save") or ())
     pairs, saved = _sort_tensors(model, tensors, endings)
@@ -204,6 +242,22 @@ def import_lora(
     for name, state in saved.items():
         parts.saved[name].load_state_dict(state)
     return adapted
+
+
+def _check_plain(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint whose function is not that of its base model with B A added."""
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{path} is a {config.get('peft_type')} checkpoint; plain LoRA is needed.")
+    beyond = next((key for key in _BEYOND_LORA if config.get(key)), None)
+    if beyond is not None:
+        raise ConfigError(f"{path} has {_BEYOND_LORA[beyond]} ({beyond}); plain LoRA is needed.")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise ConfigError(
+            f"{path} was trained from init_lora_weights={init!r}, which changes the base weights too; plain LoRA is "
+            f"needed: save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
+            f"PEFT has for PiSSA, OLoRA, CorDA and LoRA-GA."
+        )
 
 
 def _adapt_to(

@@ -17,6 +17,7 @@ from ..full_precision import full_precision
 from ..manifolds import Stiefel
 from ..shapes import HALF, tolerance
 from ..transforms import under_transform
+from .nested import over_rows
 from .shared import SharedBase
 from .update import LowRankUpdate, factors_of_update, plus_product
 
@@ -27,7 +28,7 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
     nn.Linear, transformers' Conv1D, and anything with in_features, out_features and such a weight.
 
     Raises:
-        ConfigError: not linear.
+        ConfigError: not linear, or a weight that an update cannot be added to: quantized, or computed at every use.
     """
     if isinstance(base, SharedBase):
         return linear_sizes(base.module)
@@ -35,17 +36,47 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
         raise ConfigError(
             f"the base is a {type(base).__name__}, adapted already; use its own base, or merge_adapters first."
         )
+    sizes = _sizes(base)
+    if sizes is None:
+        raise ConfigError(
+            f"the base is a {type(base).__name__}; a linear module is needed: nn.Linear, transformers' Conv1D, or one "
+            f"with in_features, out_features and a weight (out_features, in_features)."
+        )
+    _check_weight(base)
+    return sizes
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear by its shape; `linear_sizes` says whether it can be adapted."""
+    return _sizes(module) is not None
+
+
+def _sizes(base: nn.Module) -> tuple[int, int, bool] | None:
     weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-        if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
-            return weight.shape[0], weight.shape[1], True
-        sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
-        if sizes == (weight.shape[1], weight.shape[0]):
-            return weight.shape[1], weight.shape[0], False
-    raise ConfigError(
-        f"the base is a {type(base).__name__}; a linear module is needed: nn.Linear, transformers' Conv1D, or one with "
-        f"in_features, out_features and a weight (out_features, in_features)."
-    )
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
+        return weight.shape[0], weight.shape[1], True
+    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    return (weight.shape[1], weight.shape[0], False) if sizes == (weight.shape[1], weight.shape[0]) else None
+
+
+def _check_weight(base: nn.Module) -> None:
+    """Refuse a weight whose numbers are not its values, or that is made anew at every use, with what is added lost."""
+    dtype = cast(Tensor, base.weight).dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ConfigError(
+            f"the base is a {type(base).__name__} with a weight in {dtype}; a linear module is needed whose weight "
+            f"(out_features, in_features) is float16, bfloat16, float32 or float64: load the model without "
+            f"quantization, or leave the module out."
+        )
+    if "weight" not in base._parameters and "weight" not in base._buffers:
+        raise ConfigError(
+            f"the base is a {type(base).__name__} whose weight is computed from others (weight_norm, spectral_norm, "
+            f"another parametrization, pruning, PEFT's adapters), so that what is added to it would be lost; a weight "
+            f"of its own is needed: remove_weight_norm, remove_spectral_norm, remove_parametrizations, prune.remove "
+            f"or merge_and_unload() first."
+        )
 
 
 def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> None:
@@ -63,6 +94,14 @@ def check_scaling(alpha: object, dropout: object) -> None:
         raise ConfigError(f"alpha is {alpha!r}; a positive number is needed (default: r).")
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise ConfigError(f"dropout is {dropout!r}; a probability in [0, 1) is needed.")
+
+
+def check_generator(generator: object) -> None:
+    """Refuse a seed in a generator's place."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigError(
+            f"generator is {generator!r}; pass torch.Generator().manual_seed({generator!r}), or leave it out."
+        )
 
 
 class LowRankLinear(nn.Module):
@@ -150,6 +189,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
+        if x.is_nested:
+            return over_rows(self.forward, x)
         if self.may_fuse(x):
             return self._fused(x)
         y = self.base(x)
@@ -287,8 +328,13 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     @full_precision
     def _correct(self, u: Tensor | None, v: Tensor | None) -> None:
-        """Take scale u v^T out of the original base weight, in place of what was taken out before."""
+        """Take scale u v^T out of the original base weight, in place of what was taken out before.
+
+        A base weight on meta has nothing to take it out of; `reset_parameters` does so when it has been filled.
+        """
         self.require_own_weight()
+        if self.folds and self.weight.is_meta:
+            return
         if self.folds and (u is not None or self._kept or self.U0 is not None):
             self._check_base_is_whole("a correction of the base weight")
         self.unmerge()
@@ -353,17 +399,42 @@ class LowRankLinear(nn.Module):
         adapter = all(prefix + name in state_dict for name in self.FACTORS)
         if prefix + "base.weight" in state_dict and (adapter or self.folds):
             self.unmerge()
+            u0, v0 = saved
+            if u0 is not None and v0 is not None:
+                metadata: Mapping[str, Any] = args[0] if args else kwargs["local_metadata"]
+                weight = state_dict[prefix + "base.weight"]
+                self.folds = metadata["folds"] if "folds" in metadata else self._tell_folds(weight, u0, v0)
             self._kept.clear()
             self.U0, self.V0 = own
-            if own[0] is not None:
-                metadata: Mapping[str, Any] = args[0] if args else kwargs["local_metadata"]
-                self.folds = metadata.get("folds", self.folds)
         elif adapter:
             fits = [t is None or o is None or t.shape == o.shape for t, o in zip(saved, own, strict=True)]
             self._correct(*(t if t is None else t.to(self.U) for t in (saved if all(fits) else own)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if adapter:
             self._refine(*(state_dict[prefix + name].dtype for name in "UV"))
+
+    @torch.no_grad()
+    @full_precision
+    def _tell_folds(self, saved: Tensor, u0: Tensor, v0: Tensor) -> bool:
+        """Whether a saved base weight has its correction in it, for a state without metadata (safetensors has none).
+
+        The weight here before any correction tells, where the state began with the same one. Elsewhere the layer that
+        was saved is taken to be like this one.
+        """
+        here = (self.weight, self.U, self.V)
+        if any(is_distributed(t) or t.is_meta for t in (saved, *here)):
+            return self.folds
+        if [t.shape for t in (saved, u0, v0)] != [t.shape for t in here]:
+            return self.folds  # refused when it is loaded
+        before = self._correction() if self.folds and "original" not in self._kept else None
+        original = self._kept.get("original", self.weight).to(self.U.dtype)
+        original = original if before is None else original + self._oriented(before)
+        change = saved.to(original) - original
+        correction = self._oriented(self.scale * (u0.to(original) @ v0.to(original).T))
+        kept, folded = change.abs().max(), (change + correction).abs().max()
+        if min(kept, folded) > 8 * torch.finfo(saved.dtype).eps * original.abs().max():
+            return self.folds
+        return bool(folded < kept)
 
     @torch.no_grad()
     def _refine(self, *was: torch.dtype) -> None:
@@ -397,7 +468,8 @@ class LowRankLinear(nn.Module):
 def _save_unmerged(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """A state holds the base weight without the update, whose factors it holds beside it.
 
-    Its metadata, which torch.save keeps, says whether that weight has the correction in it.
+    Its metadata, which torch.save keeps, says whether that weight has the correction in it. A key of its own would
+    survive safetensors too, but older states lack it, and averages of states would take it for a weight.
     """
     assert isinstance(module, LowRankLinear)
     metadata["folds"] = module.folds

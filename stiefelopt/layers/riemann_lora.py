@@ -15,7 +15,7 @@ from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
 from ..transforms import under_transform
-from .low_rank import LowRankLinear, linear_sizes
+from .low_rank import LowRankLinear, check_generator, linear_sizes
 from .shared import SharedBase
 from .update import LowRankUpdate
 
@@ -80,6 +80,7 @@ class RiemannLoRALinear(LowRankLinear):
         if init not in INITS:
             raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
         check_scale(scale)
+        check_generator(generator)
         linear_sizes(base)
         if base.weight.dtype in HALF:
             if correction == "fold":

@@ -11,7 +11,7 @@ from ..distributed import shared_generator, write_whole
 from ..errors import ConfigError
 from ..groups import declare
 from ..manifolds import Stiefel
-from .low_rank import LowRankLinear
+from .low_rank import LowRankLinear, check_generator
 from .shared import SharedBase
 
 INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
@@ -40,7 +40,7 @@ class StelLALinear(LowRankLinear):
         generator: for the random initializations, on its own device.
 
     Raises:
-        ConfigError: a base that is not linear, or an option out of range.
+        ConfigError: a base that is not linear, an option out of range, or singular vectors of a weight with NaN.
 
     Reference: Li et al., StelLA (arXiv 2510.01938, NeurIPS 2025).
     """
@@ -62,6 +62,7 @@ class StelLALinear(LowRankLinear):
         if init not in INITS:
             raise ConfigError(f"init is {init!r}; use one of {', '.join(map(repr, INITS))}.")
         _check_reference_dim(reference_dim)
+        check_generator(generator)
         options: dict[str, Any] = {"diagonal": diagonal, "dropout": dropout, "use_rslora": use_rslora}
         super().__init__(base, r, alpha, correction=correction, **options)
         self.init = init
@@ -113,6 +114,11 @@ class StelLALinear(LowRankLinear):
 
     def _set_singular_vectors(self, *, leading: bool) -> None:
         weight = self.weight.T if self.fan_in_fan_out else self.weight
+        if not bool(torch.isfinite(weight).all()):
+            raise ConfigError(
+                f"init={self.init!r} needs singular vectors, and the base weight holds NaN or infinite values; load "
+                f"the model's weights first, or use another init."
+            )
         # float64: trailing singular vectors of a float32 weight are orthonormal to 1e-5 only.
         u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         part = slice(None, self.r) if leading else slice(-self.r, None)

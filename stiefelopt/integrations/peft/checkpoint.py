@@ -19,11 +19,10 @@ def peft_parts(model: nn.Module, adapter_name: str | None) -> Parts | None:
         UnknownNameError: no adapter of that name.
         ConfigError: several are active, or the one is more than plain LoRA.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base, configs = _inside_wrappers(model)
     layers = {name: m for name, m in base.named_modules() if isinstance(m, AdaptedLinear)}
     if not layers:
         return None
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
     name = _chosen(adapter_name, next(iter(layers.values())), configs)
     config = configs[name]
     if config.bias != "none":
@@ -43,6 +42,16 @@ def peft_parts(model: nn.Module, adapter_name: str | None) -> Parts | None:
     )
 
 
+def _inside_wrappers(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The plain model under whatever wraps it, and the configs of its adapters, which PEFT keeps in it."""
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            return module.get_base_model(), module.peft_config
+        if "peft_config" in module.__dict__:
+            return module, module.__dict__["peft_config"]
+    return model, {}
+
+
 def _chosen(adapter_name: str | None, layer: AdaptedLinear, configs: dict[str, Any]) -> str:
     """The adapter that is meant."""
     active = layer.active_adapters
@@ -50,5 +59,6 @@ def _chosen(adapter_name: str | None, layer: AdaptedLinear, configs: dict[str, A
         raise ConfigError(f"the active adapters are {active}; say which one: adapter_name=...")
     name = active[0] if adapter_name is None else adapter_name
     if name not in configs:
-        raise UnknownNameError(f"there is no adapter {name!r}; there are {', '.join(map(repr, configs))}.")
+        known = ", ".join(map(repr, configs)) or "none: pass the model that PEFT gave, not a part of it"
+        raise UnknownNameError(f"there is no adapter {name!r}; there are {known}.")
     return name

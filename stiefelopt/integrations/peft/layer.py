@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError, ShapeError
 from ...layers import LowRankLinear
 from ...layers.low_rank import forbid_fast_path, linear_sizes
+from ...layers.nested import over_rows
+from ...layers.shared import SharedBase
 from .config import LowRankConfig
 from .registration import BaseTunerLayer, check_adapters_to_merge
 
@@ -74,6 +76,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             ShapeError: another number of names than of rows.
             ConfigError: rows with names while adapters are merged.
         """
+        if x.is_nested and adapter_names is None:
+            return over_rows(lambda rows: self.forward(rows, *args, **kwargs), x)
         if adapter_names is not None:
             self._check_rows(x, adapter_names)
         if self.disable_adapters and self.merged:
@@ -82,7 +86,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         active = (
             [] if off else [self.adapters[name] for name in self.active_adapters if name in self.adapters]
         )
-        if len(active) == 1 and adapter_names is None and not (args or kwargs) and active[0].may_fuse(x):
+        alone = len(active) == 1 and adapter_names is None and not (args or kwargs)
+        # The fused form knows the innermost base alone: not a tuner below this one, nor what has taken its place since.
+        if alone and cast(SharedBase, active[0].base).module is self.base_layer and active[0].may_fuse(x):
             return active[0].forward(x)
         y = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None and not off:
@@ -119,6 +125,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.adapters:
                 continue
+            # Whoever has put another base layer here since the adapter was made means this one.
+            cast(SharedBase, self.adapters[name].base).module = self.get_base_layer()
             self.adapters[name].merge()
             self.merged_adapters.append(name)
             if safe_merge and not bool(torch.isfinite(self.adapters[name].weight).all()):
