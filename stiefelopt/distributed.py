@@ -8,13 +8,13 @@ takes the same branches, which asks for ranks of one kind of processor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_distributed(t: Tensor) -> bool:
@@ -131,6 +131,26 @@ def write_whole(p: Tensor, value: Tensor) -> None:
     """Store a whole tensor, the same on every rank, in a parameter, of which this rank may hold a part."""
     value = whole(value)
     local(p).copy_(value[_place_here(p)] if is_distributed(p) else value)
+
+
+@torch.no_grad()
+def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state of whole tensors, the same on every rank, into a module of which this rank may hold a part."""
+    own = module.state_dict()
+    if not any(map(is_distributed, own.values())):
+        module.load_state_dict(state)
+        return
+    for name, t in own.items():
+        write_whole(t, state[name])
+
+
+def write_once(params: Iterable[Tensor], write: Callable[[], None]) -> None:
+    """Write files; where parameters are sharded, and all ranks have come here, the first one does and all wait."""
+    sharded = any(map(is_distributed, params))
+    if not sharded or dist.get_rank() == 0:
+        write()
+    if sharded:
+        dist.barrier()
 
 
 def shared_generator(p: Tensor, generator: torch.Generator | None) -> torch.Generator | None:

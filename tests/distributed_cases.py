@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -47,6 +48,10 @@ from stiefelopt import (
     adapter_state_dict,
     attach,
     constrain,
+    export_lora,
+    load_adapter_state_dict,
+    loi_init,
+    merge_adapters,
     param_groups,
     retractions,
     transforms,
@@ -810,6 +815,31 @@ def adapters_leave_a_sharded_model_whole() -> None:
         assert torch.equal(whole(model[0].U), other[0].U)
         with refused(ConfigError, "merge()", "before fully_shard"):
             model[0].merge()
+        load_adapter_state_dict(model, adapter_state_dict(other))
+        for name, t in adapter_state_dict(model).items():
+            assert torch.equal(t, adapter_state_dict(other)[name]), name
+        folders = [FOLDER / f"{layer.__name__}-{which}" for which in ("sharded", f"alone-{dist.get_rank()}")]
+        for m, folder in zip((model, other), folders, strict=True):
+            export_lora(m, folder)
+        ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+        assert set(ours) == set(theirs)
+        assert any("modules_to_save" in name or ".4." in name for name in ours)
+        close_to([ours[name] for name in ours], [theirs[name] for name in ours], 1e-12)
+
+
+@case
+def what_comes_too_late_for_whole_layers_is_refused() -> None:
+    model = network(RiemannLoRALinear, correction="keep")
+    fully_shard(model[3])
+    layers = list(model)
+    with refused(ConfigError, "merge()", "before fully_shard"):
+        merge_adapters(model)
+    assert list(model) == layers
+    with refused(ConfigError, "adapt the model first, then shard it"):
+        adapt(fully(network(None)), target_modules=["0"], r=2)
+    model = network(RiemannLoRALinear, correction="keep")
+    with refused(ConfigError, "call it before DDP"):
+        loi_init(DistributedDataParallel(model), lambda: loss_of(model, 0, my_part()))
 
 
 @case
@@ -834,9 +864,10 @@ def mixed_precision_clipping_and_accumulation() -> None:
         run(alone, slice(None), False)
         run(model, my_part(), True)
         same_models(model, alone, 1e-8)
-    for layer, _ in LAYERS[::2]:
+    beside = (StelLALinear, {"init": "pseudo-zero", "correction": "keep"})
+    for layer, options in (LAYERS[0], LAYERS[2], LAYERS[3], beside):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        model = fully(network(layer).float(), mp_policy=policy)
+        model = fully(network(layer, **options).float(), mp_policy=policy)
         start = [whole(p).clone() for p in model.parameters()]
         optimizer = optimizer_for(model)
         for step in range(5):

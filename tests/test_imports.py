@@ -143,6 +143,17 @@ def test_extras_are_not_imported_with_the_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("extra", ["geoopt", "lightning", "peft", "transformers"])
+def test_a_missing_extra_is_named(extra: str) -> None:
+    code = f"import sys; sys.modules[{extra!r}] = None; import stiefelopt.integrations.{extra}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False
+    )
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: {extra} is missing")
+    assert "pip install" in said
+
+
 def test_the_public_names_exist() -> None:
     for name in stiefelopt.__all__:
         assert hasattr(stiefelopt, name), name

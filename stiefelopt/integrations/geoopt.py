@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from geoopt import manifolds as theirs
 from torch import Tensor
 
 from ..errors import ConfigError, NotOnManifoldError, ShapeError, StepError
@@ -23,6 +22,11 @@ from ..retractions import OpenSum
 from ..shapes import REAL, check_pair, compute_dtype
 from ..transforms import host_can_look
 from .geoopt_manifolds import NotWritable, built, describe, repaired
+
+try:
+    from geoopt import manifolds as theirs
+except ImportError as error:
+    raise ImportError(f"geoopt is missing ({error}): pip install 'stiefelopt[geoopt]'") from error
 
 TRANSPORTS = ("none", "transp")
 

@@ -10,11 +10,15 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..groups import param_groups
 from ..wrapper import RiemannianWrapper
 from .monitor import StepMonitor
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(f"transformers is missing ({error}): pip install 'stiefelopt[transformers]'") from error
 
 
 def riemannian(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import whole
+from ..distributed import load_whole, whole
 from ..errors import ConfigError
 from .low_rank import LowRankLinear, check_options, is_linear, linear_sizes
 from .shared import SharedBase
@@ -253,7 +253,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     if isinstance(model, LowRankLinear):
         model.merge()
         return model.base
-    _own_layers(model)
+    for layer in _own_layers(model).values():
+        layer.check_mergeable()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LowRankLinear):
             module.merge()
@@ -305,7 +306,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name, module in saved.items():
         check_state(name, module, parts[name])
     for name, module in saved.items():
-        module.load_state_dict(parts[name])
+        load_whole(module, parts[name])
     for name, layer in layers.items():
         layer.load_factors(parts[name])
 

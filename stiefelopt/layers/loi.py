@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import is_distributed
 from ..errors import ConfigError, StepError
@@ -86,6 +87,11 @@ def loi_init(
         raise ConfigError(
             f"{sharded} is sharded, and loi_init needs whole layers: call it before fully_shard, on every rank "
             f"with the same batches and generator."
+        )
+    if isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            "loi_init works on the model that DistributedDataParallel wraps, and starts the layers anew on this rank "
+            "alone: call it before DDP, which then gives every rank the first one's start."
         )
     passes = 2 * (power_iterations + 1) * len(closures)
     with _Probing(layers) as probing, _progress(passes, progress) as advance:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import whole
+from ..distributed import whole, write_once
 from ..errors import ConfigError
 from ..full_precision import full_precision
 from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
@@ -99,6 +99,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     Args:
         model: a model adapted by `adapt`, or by PEFT with one of our tuners, wrapped (torch.compile, DDP) or not.
+            Sharded: called on all ranks, the first one writes.
         directory: made if missing; adapter_config.json and adapter_model.safetensors are written to it.
         adapter_name: of a PEFT model; default: the active one.
 
@@ -130,10 +131,14 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         state = {f"{_PREFIX}{name}.{k}": whole(t).detach().cpu() for k, t in module.state_dict().items()}
         tensors.update({key: t.clone(memory_format=torch.contiguous_format) for key, t in state.items()})
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    safetensors.save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
     config = _lora_config(parts, ranks, fan_in_fan_out=orientations.pop())
-    (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def write() -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        safetensors.save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
+        (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    write_once(model.parameters(), write)
     return path
 
 

@@ -63,6 +63,11 @@ def _sizes(base: nn.Module) -> tuple[int, int, bool] | None:
 
 def _check_weight(base: nn.Module) -> None:
     """Refuse a weight whose numbers are not its values, or that is made anew at every use, with what is added lost."""
+    if is_distributed(cast(Tensor, base.weight)):
+        raise ConfigError(
+            f"the base is a {type(base).__name__} whose weight is sharded, and fully_shard would not know of factors "
+            f"made now; a whole weight is needed: adapt the model first, then shard it."
+        )
     dtype = cast(Tensor, base.weight).dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ConfigError(
@@ -237,8 +242,9 @@ class LowRankLinear(nn.Module):
         return plus_product(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), wide).reshape(y.shape)
 
     def _correction_beside(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """U0 and V0, where the correction is applied beside the base weight."""
-        return (None, None) if self.folds else self._corrected_by() or (None, None)
+        """U0 and V0, where the correction is applied beside the base weight; FSDP casts U and V, and no buffers."""
+        pair = None if self.folds else self._corrected_by()
+        return (None, None) if pair is None else (pair[0].to(self.U.dtype), pair[1].to(self.V.dtype))
 
     # The update as a matrix
 
@@ -291,10 +297,14 @@ class LowRankLinear(nn.Module):
         tied embedding) stays as it is there.
         """
         if not self.merged:
-            self._check_base_is_whole("merge()", ", or merge in a copy that was loaded from the full state")
+            self.check_mergeable()
             self._kept["unmerged"] = self._replace_weight(
                 self._product() if self.folds else self.delta_weight()
             )
+
+    def check_mergeable(self) -> None:
+        """Refuse a sharded layer, whose update no rank holds whole."""
+        self._check_base_is_whole("merge()", ", or merge in a copy that was loaded from the full state")
 
     @torch.no_grad()
     def unmerge(self) -> None:
