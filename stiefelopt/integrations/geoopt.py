@@ -13,6 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+try:
+    from geoopt import manifolds as theirs
+except ImportError as error:
+    raise ImportError(f"geoopt is missing ({error}): pip install 'stiefelopt[geoopt]'") from error
+
 from ..errors import ConfigError, NotOnManifoldError, ShapeError, StepError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall, subtract_points
@@ -22,11 +27,6 @@ from ..retractions import OpenSum
 from ..shapes import REAL, check_pair, compute_dtype
 from ..transforms import host_can_look
 from .geoopt_manifolds import NotWritable, built, describe, repaired
-
-try:
-    from geoopt import manifolds as theirs
-except ImportError as error:
-    raise ImportError(f"geoopt is missing ({error}): pip install 'stiefelopt[geoopt]'") from error
 
 TRANSPORTS = ("none", "transp")
 
