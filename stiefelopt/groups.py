@@ -71,10 +71,7 @@ def constrain(
             f"constrain takes a module and a parameter's name in it, got {type(module).__name__} and "
             f"{type(name).__name__}: constrain(model, 'rnn.weight_hh_l0', Stiefel())."
         )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ConfigError(
-            f"generator is {generator!r}; pass torch.Generator().manual_seed({generator!r}), or leave it out."
-        )
+    check_generator(generator)
     owner, leaf, p = _find(module, name)
     manifold = from_spec(manifold)
     if manifold.parts > 1:
@@ -95,6 +92,14 @@ def constrain(
         _start(name, p, placement, init, generator)
     declare(owner, leaf, manifold=spec, **keys)
     return module
+
+
+def check_generator(generator: object) -> None:
+    """Refuse a seed in a generator's place."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigError(
+            f"generator is {generator!r}; pass torch.Generator().manual_seed({generator!r}), or leave it out."
+        )
 
 
 def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:

@@ -157,9 +157,10 @@ def adapt(
         check_options(
             layer_options["r"], (n, m), layer_options.get("alpha"), layer_options.get("dropout", 0.0)
         )
+    announced = ""
     if reference_dim is None:
         reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]
-        print(f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}")
+        announced = f"stiefelopt.adapt: {len(found)} layers adapted, reference_dim = {reference_dim}"
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     weights = [(module, module.weight) for _, module in found]
     try:
@@ -187,6 +188,8 @@ def adapt(
             p.requires_grad = requires_grad
         raise
     model.__dict__[_SAVED] = list(modules_to_save)
+    if announced:
+        print(announced)
     return model
 
 

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import is_distributed
 from ..errors import ConfigError, StepError
+from ..groups import check_generator
 from .adapt import adapted_layers
-from .low_rank import check_generator
 from .riemann_lora import RiemannLoRALinear, check_scale
 
 Closure = Callable[[], Tensor]

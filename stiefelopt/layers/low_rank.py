@@ -101,14 +101,6 @@ def check_scaling(alpha: object, dropout: object) -> None:
         raise ConfigError(f"dropout is {dropout!r}; a probability in [0, 1) is needed.")
 
 
-def check_generator(generator: object) -> None:
-    """Refuse a seed in a generator's place."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ConfigError(
-            f"generator is {generator!r}; pass torch.Generator().manual_seed({generator!r}), or leave it out."
-        )
-
-
 class LowRankLinear(nn.Module):
     """A frozen linear module with a trainable low-rank update U S V^T beside it.
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..distributed import shared_generator, write_whole
 from ..errors import ConfigError
-from ..groups import declare
+from ..groups import check_generator, declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
 from ..transforms import under_transform
-from .low_rank import LowRankLinear, check_generator, linear_sizes
+from .low_rank import LowRankLinear, linear_sizes
 from .shared import SharedBase
 from .update import LowRankUpdate
 

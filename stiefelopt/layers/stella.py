@@ -9,9 +9,9 @@ from torch import nn
 
 from ..distributed import shared_generator, write_whole
 from ..errors import ConfigError
-from ..groups import declare
+from ..groups import check_generator, declare
 from ..manifolds import Stiefel
-from .low_rank import LowRankLinear, check_generator
+from .low_rank import LowRankLinear
 from .shared import SharedBase
 
 INITS = ("random", "zero", "pseudo-zero", "svd-major", "svd-minor")
