@@ -2,7 +2,8 @@
 
 torch's fake tensors run every operation without numbers: reading one is an error, so is a product of tensors on two
 devices. Their device is one that torch makes up for backends written in Python. Prints, as JSON, what was wrong with
-each case ("" where nothing was) and which operations wait for the device on CUDA.
+each case ("" where nothing was), which operations wait for the device on CUDA, and how many passes over the parameters
+the step makes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from stiefelopt import (
@@ -46,12 +48,13 @@ WAITS = (
 Made = tuple[list[nn.Parameter], Any]
 
 
-class Waiting(TorchDispatchMode):
-    """Notes the operations that wait for the device."""
+class Watch(TorchDispatchMode):
+    """Notes the operations that wait for the device, and the entries of all tensors that an operation touches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self.touched = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,7 +62,13 @@ class Waiting(TorchDispatchMode):
         to_host = name == "_to_copy" and str(kwargs.get("device")) == "cpu" and not kwargs.get("non_blocking")
         if name in WAITS or (to_host and args[0].device.type != "cpu"):
             self.found.add(name)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if not (func.is_view or name in ("empty", "empty_like", "new_empty", "detach", "device")):
+            touched = {
+                id(t): t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)
+            }
+            self.touched += sum(touched.values())
+        return out
 
 
 class Event:
@@ -94,6 +103,16 @@ def stiefel(**options: Any) -> Callable[[], Made]:
     return make
 
 
+def tall(optimizer: Callable[..., Any]) -> Callable[[], Made]:
+    """Matrices so tall that nothing p x p counts."""
+
+    def make() -> Made:
+        points = [parameter(n, 4) for n in (20000, 20000, 30000)]
+        return points, optimizer(points)
+
+    return make
+
+
 def other(manifold: Any) -> Callable[[], Made]:
     def make() -> Made:
         points = [parameter(12, 12), parameter(12, 12)]
@@ -123,6 +142,8 @@ def layers(layer: Any, wrap: Callable[..., Any] = adamw, **options: Any) -> Call
 
 
 CASES: dict[str, Callable[[], Made]] = {
+    "bare AdamW": tall(lambda params: torch.optim.AdamW(params, foreach=True)),
+    "tall": tall(lambda params: adamw([{"params": params, "manifold": Stiefel()}], foreach=True)),
     "stiefel": stiefel(),
     **{f"stiefel {r}": stiefel(retraction=r) for r in ("qr", "svd", "cayley", "exp", "newton_schulz")},
     "stiefel euclidean": stiefel(metric="euclidean"),
@@ -142,20 +163,21 @@ CASES: dict[str, Callable[[], Made]] = {
 }
 
 
-def tried(make: Callable[[], Made]) -> tuple[str, list[str]]:
-    """Two steps: what was wrong, and what waits."""
+def tried(make: Callable[[], Made]) -> tuple[str, list[str], float]:
+    """Two steps: what was wrong, what waits, and the passes over the parameters that the second one makes."""
     with FakeTensorMode():
         params, optimizer = make()
         for p in params:
             p.grad = torch.empty_like(p) if p.grad is None else p.grad
-        waiting = Waiting()
+        first, second = Watch(), Watch()
         try:
-            with waiting:
-                for _ in range(2):
-                    optimizer.step()
+            with first:
+                optimizer.step()
+            with second:
+                optimizer.step()
         except Exception as error:
-            return f"{type(error).__name__}: {error}", []
-    return "", sorted(waiting.found)
+            return f"{type(error).__name__}: {error}", [], 0.0
+    return "", sorted(first.found | second.found), second.touched / sum(p.numel() for p in params)
 
 
 def main() -> None:
