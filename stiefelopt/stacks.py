@@ -83,6 +83,7 @@ class Stack:
         # Column-major parameters, as LAPACK's QR and SVD return them, are gathered as they lie.
         self._flipped = is_flipped(p)
         self._kind = p.dtype, p.shape
+        self._groups = {slot.group for slot in slots}
         here = self._here(self.params)
         self._shape = p.shape if shards is not None and shards.is_gathered else here[0].shape
         # An optimizer's fused kernels may walk parameter and gradient in step: equal layouts are needed.
@@ -156,12 +157,17 @@ class Stack:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
         if (self.params[0].dtype, self.params[0].shape) != self._kind:
             raise RuntimeError("the parameters' dtype or shape has changed")
-        if not self.joints and self._strides != [t.stride() for t in self._here(self.params)]:
+        if self._is_fused() and self._strides != [t.stride() for t in self._here(self.params)]:
             raise RuntimeError("the parameters' memory layout has changed")
         self._points, self._work = self._spaces
         self._gather(self._masters.values() if self._masters else self.params, self._points.whole)
         self._found_grads = [p.grad for p in self.params]
         self._gather(self._found_grads, self._work.whole)  # type: ignore[arg-type]
+
+    def _is_fused(self) -> bool:
+        """Whether a kernel of the optimizer's may walk parameters and the gradients lent to them in step."""
+        groups = self._optimizer.param_groups
+        return not self.joints and any(groups[i].get("fused") for i in self._groups)
 
     def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
         tensors, own = self._here(tensors), self._own(workspace)
