@@ -13,30 +13,37 @@ class Alarm:
     """Numbers on their way to the host.
 
     They are copied behind the step's own work and read when the next step begins. By then the device has mostly come
-    that far: the backward pass between the two steps waits in its queue behind them. Inside a CUDA graph's capture
-    nothing is sent or read; replays go on counting, and the next step outside tells.
+    that far: the backward pass between the two steps waits in its queue behind them. While a graph is captured nothing
+    is sent or read; its replays go on counting, which `rings` leaves to be found out.
     """
 
     def __init__(self) -> None:
         self._sent: list[tuple[Tensor, Any]] = []
-        self._device = torch.device("cpu")
+        self._captured: torch.device | None = None
 
     def send(self, counts: Sequence[Tensor]) -> None:
         """Start the copies of the sums of these counts, one for each device."""
-        if not counts or _is_capturing(counts[0].device):
-            return
-        self._sent, self._device = [], counts[0].device
+        self._sent = []
         for device in {count.device for count in counts}:
-            here = torch.stack([count.sum() for count in counts if count.device == device]).sum()
+            if _is_capturing(device):
+                self._captured = device
+                continue
+            here = torch.cat([count for count in counts if count.device == device]).sum()
             host = here.to("cpu", non_blocking=True)  # pinned memory on CUDA
             event = torch.Event(device)
-            event.record()
+            event.record(torch.accelerator.current_stream(device))
             self._sent.append((host, event))
 
     def rings(self) -> bool:
-        """Whether something other than zero was sent last; waits for the copies. Asked again, no."""
-        if not self._sent or _is_capturing(self._device):
-            return False
+        """Whether something other than zero was sent last, or may have been counted by a graph; waits for the copies.
+
+        Asked again, no.
+        """
+        if self._captured is not None:
+            if _is_capturing(self._captured):
+                return False
+            self._captured = None
+            return True
         sent, self._sent = self._sent, []
         for _, event in sent:
             event.synchronize()
@@ -44,4 +51,6 @@ class Alarm:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether what is called now is recorded for a graph, and the host must not ask for its results."""
+    asked = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return asked is not None and asked()

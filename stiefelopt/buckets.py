@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .errors import StepError
 from .gram import largest_entries, split, squared_norm
 from .manifolds.base import Carry
 from .placement import sharding_of
-from .retractions import OpenSum, close
+from .retractions import close
 from .scratch import Scratch
 from .stacks import Point, Slot, Stack, is_flipped
 from .transforms import host_can_look
@@ -29,6 +29,15 @@ from .transforms import host_can_look
 CPU_BUCKET_BYTES = 8 * 2**20
 # What torch.optim and most others call averages of squared gradients.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+# How far ||y||_F^2 of a new point may be from what it must be, where the host does not look: a column of norm 0.95.
+SIZE = 0.1
+
+
+def _squares(stack: Tensor) -> Tensor:
+    """||y||_F^2 of every matrix of a stack, (b,)."""
+    return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim))).square()
 
 
 class Bucket:
@@ -53,14 +62,14 @@ class Bucket:
         self._limit = largest / (4 * self.xs[0].shape[-1])
         # Whether the host reads numbers in the step. Where it would have to wait for an accelerator it does not:
         # what is not finite is replaced there, counted, and told later.
-        self._looks = looks or host_can_look(self.xs[0])
+        self.looks = looks or host_can_look(self.xs[0])
         # Entries of moved points whose Grams cannot overflow.
         entries = max(math.prod(x.shape[1:]) for x in self.xs) * (1 if over is None else over.ranks)
         self._reach = largest**0.5 / (4 * max(1, entries) ** 0.5)
-        self._fine: Tensor | None = None
-        self.left: Tensor | None = (
-            None  # how often each point was left where it was; nothing where the host looks
-        )
+        heads = self.xs[:: self._parts]
+        self._fine = torch.ones(sum(map(len, heads)), dtype=torch.bool, device=heads[0].device)
+        # How often each point was left where it was; made here, so that a captured graph does not reset it.
+        self.left = torch.zeros_like(self._fine, dtype=torch.int32)
 
     @property
     def xs(self) -> list[Tensor]:
@@ -81,7 +90,7 @@ class Bucket:
         for stack in self.stacks:
             stack.load()
         small = self._make_riemannian(self.work)
-        if self._looks:
+        if self.looks:
             return self._non_finite(small)
         self._fine = small.abs().amax((-2, -1)) <= self._limit
         for stack, fine in self._by_stack(self._fine):
@@ -130,27 +139,47 @@ class Bucket:
         return bad
 
     def left_alone(self) -> list[Slot]:
-        """The parameters that steps have left where they were since this was asked last. Waits for the device."""
-        if self.left is None:
+        """The parameters that steps have left where they were since this was asked last, each as often as it was.
+
+        Waits for the device.
+        """
+        if self.looks:
             return []
-        bad = self._slots_where(self.left == 0)
+        counts, bad = self.left.to("cpu", copy=True), []
         self.left.zero_()
+        for stack, piece in self._by_stack(counts):
+            for slot, count in zip(
+                stack.slots, piece.view(len(stack.slots), -1).amax(-1).tolist(), strict=True
+            ):
+                bad += [slot] * count
         return bad
 
-    def _judge_moved(self) -> dict[str, Tensor]:
-        """Where the host does not look: tell points that moved to NaN, or too far.
-
-        Returns:
-            What to tell the manifold, which leaves them where they are; nothing where they must not even seem to have
-            moved, since one NaN would reach the others.
-        """
-        assert self._fine is not None
-        self._fine = self._fine & (self._largest(self.work) <= self._reach)
-        if getattr(self.manifold, "is_contained", False) and not self._placement.needs_rate:
-            return {"stay": ~self._fine}
+    def _reset_unfit(self) -> None:
+        """Where the host does not look: let points that moved to NaN, or too far, not have moved."""
+        self._fine = self._fine & (self._sums(self.work, largest_entries) <= self._reach)
         for stack, fine in self._by_stack(self._fine):
             torch.where(fine, stack.work, stack.xs, out=stack.work)
-        return {}
+
+    def _unfit(self, news: Sequence[Tensor]) -> Tensor:
+        """Where the host does not look: mask (B,) of the points that are to stay where they were, which it counts.
+
+        These are the ones known already, and those of which the retraction has made no point: NaN, or something that
+        has not even the size of one, as a step that is too long for this precision leaves.
+        """
+        square = self.manifold.square_of_points(tuple(self.xs[0].shape[1:]))
+        if square is None:
+            fits = self._sums(news, largest_entries) < math.inf
+        else:
+            fits = (self._sums(news, _squares) - square).abs() <= SIZE
+        self._fine = self._fine & fits
+        self.left += ~self._fine
+        return ~self._fine
+
+    def _sums(self, stacks: Sequence[Tensor], of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Numbers of the matrices of every stack, summed over the parts of a point and the ranks: (B,)."""
+        first, *others = (torch.cat([of(t) for t in stacks[k :: self._parts]]) for k in range(self._parts))
+        total = sum(others, first)
+        return total if self._over is None else self._over(total)
 
     def move(self, *, skip_bad: bool, moments: Sequence[str] = ()) -> list[Slot]:
         """Bring the parameters from where the inner optimizer left them back to the manifold.
@@ -168,9 +197,11 @@ class Bucket:
         manifold: Any = self.manifold
         for stack in self.stacks:
             stack.load_moved()
-        stay = {} if self._looks else self._judge_moved()
+        contained = not self.looks and self.manifold.is_contained and not self._placement.needs_rate
+        if not self.looks and not contained:
+            self._reset_unfit()
         overlap = self._overlap()
-        bad = self._non_finite(overlap) if self._looks else []
+        bad = self._non_finite(overlap) if self.looks else []
         if bad:
             if not skip_bad:
                 raise StepError(f"the inner optimizer moved {bad[0].label!r} to NaN or Inf")
@@ -184,45 +215,22 @@ class Bucket:
         carry = None
         if moments:
             carry = manifold.stacked_transporter(self.xs, self.work, scales, **self._sharded)
+        judged = {"judge": self._unfit} if contained else {}
         ys = manifold.stacked_move(
-            self.xs, self.work, overlap, scales, drift=self._drift, **stay, **self._sharded
+            self.xs, self.work, overlap, scales, drift=self._drift, **judged, **self._sharded
         )
-        if not self._looks:
-            ys = self._count_left(ys)
+        if not self.looks and not contained:
+            news = close(ys)
+            masks = self._by_stack(self._unfit(news))
+            ys = [
+                (torch.where(unfit, stack.xs, y), None) for (stack, unfit), y in zip(masks, news, strict=True)
+            ]
         for stack, y in zip(self.stacks, ys, strict=True):
             stack.store(y)
         if carry is not None:
             self._carry(carry.vectors, moments)
             self._carry(carry.variances, SECOND_MOMENTS)
         return bad
-
-    def _count_left(self, ys: Sequence[OpenSum]) -> Sequence[OpenSum]:
-        """Where the host does not look: the new points, the old ones in the place of those that are to stay.
-
-        Those decay, unless told here. A retraction that divides by singular values may make NaN of finite numbers.
-        """
-        assert self._fine is not None
-        if self._parts > 1:
-            news = close(ys)
-            self._fine = self._fine & (self._largest(news) < math.inf)
-            masks = self._by_stack(self._fine)
-            ys = [
-                (torch.where(fine, y, stack.xs), None) for (stack, fine), y in zip(masks, news, strict=True)
-            ]
-        if self.left is None:
-            self.left = torch.zeros_like(self._fine, dtype=torch.int32)
-        self.left += ~self._fine
-        return ys
-
-    def _largest(self, stacks: Sequence[Tensor]) -> Tensor:
-        """Above the largest entry of every point (B,), the same on all ranks; NaN where one is NaN."""
-        heights = range(0, len(stacks), self._parts)
-        sums = [
-            sum(map(largest_entries, stacks[k + 1 : k + self._parts]), largest_entries(stacks[k]))
-            for k in heights
-        ]
-        largest = torch.cat(sums)
-        return largest if self._over is None else self._over(largest)
 
     def squared_norms(self) -> tuple[float, float]:
         """||gradient||^2 and ||displacement||^2 of the last step, Frobenius, summed over the bucket.

@@ -145,12 +145,17 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def write_once(params: Iterable[Tensor], write: Callable[[], None]) -> None:
-    """Write files; where parameters are sharded, and all ranks have come here, the first one does and all wait."""
-    sharded = any(map(is_distributed, params))
-    if not sharded or dist.get_rank() == 0:
-        write()
-    if sharded:
-        dist.barrier()
+    """Write files; where parameters are sharded, and all ranks of their mesh have come here, the first one does.
+
+    The others wait, also where it fails.
+    """
+    mesh: Any = next((p.device_mesh for p in params if is_distributed(p)), None)  # type: ignore[attr-defined]
+    try:
+        if mesh is None or dist.get_rank() == int(mesh.mesh.flatten()[0]):
+            write()
+    finally:
+        for dim in () if mesh is None else range(mesh.ndim):
+            dist.barrier(group=mesh.get_group(dim))
 
 
 def shared_generator(p: Tensor, generator: torch.Generator | None) -> torch.Generator | None:

@@ -159,13 +159,12 @@ class ManifoldStep:
 
     def _check_state(self, points: Sequence[tuple[int, list[Tensor], Placement]], index: int) -> None:
         """Refuse to carry along moments that ZeroRedundancyOptimizer keeps out of sight, a part on each rank."""
-        transports = {getattr(placement.manifold, "transport", "none") for _, _, placement in points} - {
-            "none"
-        }
+        found = (getattr(placement.manifold, "transport", "none") for _, _, placement in points)
+        transport = next((name for name in found if name != "none"), None)
         hides = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(self.optimizer).__mro__)
-        if hides and transports:
+        if hides and transport is not None:
             raise ConfigError(
-                f"group {index} carries its moments to every new point (transport={max(transports)!r}), and "
+                f"group {index} carries its moments to every new point (transport={transport!r}), and "
                 f"ZeroRedundancyOptimizer shows none: use fully_shard, a manifold with transport='none', or, for one "
                 f"parameter a point, ZeroRedundancyOptimizer(groups, optimizer_class=lambda params, **options: "
                 f"RiemannianWrapper(AdamW(params, **options)))."
@@ -217,7 +216,7 @@ class ManifoldStep:
     @full_precision
     def diagnostics(self) -> dict[str, float]:
         """Norms of the last step, computed when asked for."""
-        self.skipped += sum(len(bucket.left_alone()) for bucket in self._buckets if self.nonfinite == "skip")
+        self.skipped += sum(len(bucket.left_alone()) for bucket in self._buckets)
         pairs = [bucket.squared_norms() for bucket in self._buckets]
         gradient, moved = (
             (math.sqrt(sum(squares)) for squares in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
@@ -295,12 +294,13 @@ class ManifoldStep:
             return
         bad = [slot for bucket in self._buckets for slot in bucket.left_alone()]
         self.skipped += len(bad)
-        if bad and self.nonfinite != "skip":
+        if bad:
             raise StepError(
-                f"in the step before this one the gradient of {bad[0].label!r}, or the displacement that the "
-                f"inner optimizer made of it, was not finite or too large; the point has kept its value, all else "
-                f"has been stepped, and this step has changed nothing. Lower the learning rate, clip, or pass "
-                f"nonfinite='skip' to leave such points alone, or 'restore' to be told at once."
+                f"in the step before this one the gradient of {bad[0].label!r}, or the displacement that the inner "
+                f"optimizer made of it, was not finite or too long to be retracted there (or the point is not finite); "
+                f"the point has kept its value, all else has been stepped, and this step has changed nothing. Lower "
+                f"the learning rate, clip, or pass nonfinite='skip' to leave such points alone, or 'restore' to be "
+                f"told at once."
             )
 
     def _convert(self, buckets: list[Bucket]) -> None:
@@ -350,7 +350,8 @@ class ManifoldStep:
                 ) from None
             raise
 
-        self._alarm.send([bucket.left for bucket in self._buckets if bucket.left is not None])
+        if self.nonfinite != "skip":
+            self._alarm.send([bucket.left for bucket in self._buckets if not bucket.looks])
 
     def return_gradients(self) -> None:
         """Undo what `before` did to the gradients."""

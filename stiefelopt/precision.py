@@ -35,7 +35,7 @@ class Masters:
 
     def _value(self, p: Tensor) -> Tensor:
         master = self._optimizer.state[p].get(KEY) if p in self._optimizer.state else None
-        if master is None:
+        if master is None or master.shape != p.shape:
             return p.detach().to(compute_dtype(p.dtype))
         if host_can_look(p):
             return master if torch.equal(master.to(p.dtype), p) else p.detach().to(master.dtype)
@@ -70,8 +70,14 @@ class Masters:
     def keep(self, values: Sequence[Tensor], stepped: Sequence[bool]) -> None:
         """Store the new masters, but for those not stepped: many optimizers take any state for their own."""
         for p, value, was in zip(self._params, values, stepped, strict=True):
-            if was:
-                self._optimizer.state[p][KEY] = value.clone()
+            if not was:
+                continue
+            state = self._optimizer.state[p]
+            master = state.get(KEY)
+            if isinstance(master, Tensor) and (master.shape, master.dtype) == (value.shape, value.dtype):
+                master.copy_(value)  # the same memory at every step, as a captured graph needs
+            else:
+                state[KEY] = value.clone()
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def normalize(
         g: z^T z where it is at hand already; overwritten.
 
     Returns:
-        z and z (t - I), whose sum is y, for every stack.
+        y for every stack, as an open sum.
 
     Cost: 4 n p^2 flops and two passes when ||z^T z - I|| <= 1. Beyond, on the CPU, further passes, from 8 on in
     float64. An accelerator, where the host must not look, always does one: its residual of about

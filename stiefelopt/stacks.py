@@ -157,8 +157,6 @@ class Stack:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
         if (self.params[0].dtype, self.params[0].shape) != self._kind:
             raise RuntimeError("the parameters' dtype or shape has changed")
-        if self._is_fused() and self._strides != [t.stride() for t in self._here(self.params)]:
-            raise RuntimeError("the parameters' memory layout has changed")
         self._points, self._work = self._spaces
         self._gather(self._masters.values() if self._masters else self.params, self._points.whole)
         self._found_grads = [p.grad for p in self.params]
@@ -167,7 +165,7 @@ class Stack:
     def _is_fused(self) -> bool:
         """Whether a kernel of the optimizer's may walk parameters and the gradients lent to them in step."""
         groups = self._optimizer.param_groups
-        return not self.joints and any(groups[i].get("fused") for i in self._groups)
+        return any(groups[i].get("fused") for i in self._groups)
 
     def _gather(self, tensors: Sequence[Tensor], workspace: Tensor) -> None:
         tensors, own = self._here(tensors), self._own(workspace)
@@ -189,6 +187,8 @@ class Stack:
 
     def _lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
+        if self._is_fused() and self._strides != [t.stride() for t in self._here(self.params)]:
+            raise RuntimeError("the parameters' memory layout has changed")
         self._own_grads, self._kept = self._found_grads, keep
         if self._masters:
             self._masters.enter(list(self._points.whole.clone()))

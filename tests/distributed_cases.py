@@ -512,13 +512,14 @@ class _Event:
     """The accelerator's events, of which a CPU has none."""
 
     def __init__(self, device: torch.device) -> None:
-        self.record = self.synchronize = lambda: None
+        self.record, self.synchronize = lambda stream: None, lambda: None
 
 
 @case
 def on_accelerators_all_ranks_hear_of_a_nan_on_one_a_step_later() -> None:
-    event, host = torch.Event, transforms.HOST
+    event, host, stream = torch.Event, transforms.HOST, torch.accelerator.current_stream
     torch.Event, transforms.HOST = _Event, ()  # type: ignore[misc, assignment]
+    torch.accelerator.current_stream = lambda device: device  # type: ignore[assignment, misc]
     try:
         for manifold, values in ((Stiefel(), points(*TALL[:2])), (FixedRank(), triple(20, 13, 3))):
             params = shard(values, mesh(), [Shard(0)])
@@ -535,6 +536,7 @@ def on_accelerators_all_ranks_hear_of_a_nan_on_one_a_step_later() -> None:
             assert max(optimizer.residuals().values()) < 1e-12
     finally:
         torch.Event, transforms.HOST = event, host  # type: ignore[misc]
+        torch.accelerator.current_stream = stream
 
 
 @case

@@ -6,6 +6,7 @@ CPU, with the host forbidden to look.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from stiefelopt import FixedRank, RiemannianWrapper, Riemannion, StepError, Stiefel, attach, transforms
+from stiefelopt import FixedRank, RiemannianWrapper, Riemannion, StepError, Stiefel, alarm, attach, transforms
+from stiefelopt.manifolds import Oblique, SpecialOrthogonal, Sphere
 
 CASES = Path(__file__).with_name("accelerator_cases.py")
 # r x r (or 2r x 2r) decompositions of torch.linalg, which check on the host; everything else waits for nothing.
@@ -66,9 +68,10 @@ class Event:
     """A CPU has none, and needs none."""
 
     def __init__(self, device: torch.device) -> None:
-        self.recorded = False
+        self.device, self.recorded = device, False
 
-    def record(self) -> None:
+    def record(self, stream: torch.device) -> None:
+        assert stream == self.device  # not the stream of whatever device is current
         self.recorded = True
 
     def synchronize(self) -> None:
@@ -82,6 +85,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def begin() -> None:
         monkeypatch.setattr(transforms, "HOST", ())
         monkeypatch.setattr(torch, "Event", Event)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: device)
 
     return begin
 
@@ -223,3 +227,81 @@ def test_attached_hooks_tell_a_step_later_and_restore_tells_at_once(blind: Calla
     problem.params[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
     with pytest.raises(StepError, match="nothing has changed"):
         wrapped.step()
+
+
+LONG = [
+    *(Stiefel(retraction=r) for r in ("polar", "qr", "cayley", "exp")),
+    *(SpecialOrthogonal(), Sphere(), Oblique()),
+]
+
+
+@pytest.mark.parametrize("manifold", LONG, ids=str)
+@pytest.mark.parametrize("lr", [1e6, 1e8, 1e12])
+def test_a_step_too_long_for_one_pass_keeps_the_point(
+    manifold: Any, lr: float, blind: Callable[[], None]
+) -> None:
+    """float32 and one pass, which the host cannot repeat: a point that is none, NaN or collapsed is never stored."""
+    blind()
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, 8) if isinstance(manifold, SpecialOrthogonal) else (20, 6)
+    x = nn.Parameter(manifold.random_point(*shape, generator=generator))
+    wrapped = RiemannianWrapper(SGD([{"params": [x], "manifold": manifold}], lr=lr))
+    told = 0
+    for _ in range(4):
+        x.grad, before = torch.randn(shape, generator=generator), x.detach().clone()
+        try:
+            wrapped.step()
+        except StepError:
+            told += 1
+        assert torch.equal(x, before) or manifold.residual(x) < 0.1
+    assert told or manifold.residual(x) < 0.1
+    wrapped.param_groups[0]["lr"] = 1e-3
+    for _ in range(3):
+        with contextlib.suppress(StepError):  # of the last long one
+            wrapped.step()
+    assert manifold.residual(x) < 1e-5
+
+
+def test_a_retraction_that_makes_nan_keeps_the_point(blind: Callable[[], None]) -> None:
+    blind()
+    x = nn.Parameter(Stiefel().random_point(8, 3, generator=torch.Generator().manual_seed(0)))
+    manifold = Stiefel(retraction=lambda x, u: (x + u) * float("nan"))
+    wrapped = RiemannianWrapper(SGD([{"params": [x], "manifold": manifold}], lr=0.1))
+    x.grad, before = torch.ones_like(x), x.detach().clone()
+    wrapped.step()
+    assert torch.equal(x, before)
+    with pytest.raises(StepError, match="step before this one"):
+        wrapped.step()
+
+
+def test_what_a_captured_graph_counts_is_told_outside(
+    blind: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sent or read while it is captured; what was sent before is not taken for what it has found."""
+    blind()
+    problem = Problem(Stiefel())
+    wrapped = problem.wrap(SGD)
+    problem.gradients()
+    wrapped.step()
+    with monkeypatch.context() as capture:
+        capture.setattr(alarm, "_is_capturing", lambda device: True)
+        problem.params[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
+        for _ in range(3):
+            wrapped.step()
+    problem.gradients()
+    with pytest.raises(StepError, match="step before this one"):
+        wrapped.step()
+    wrapped.step()
+    assert wrapped.diagnostics()["skipped"] == 3
+
+
+def test_a_master_stays_in_its_memory() -> None:
+    x = nn.Parameter(Stiefel().random_point(8, 3, generator=torch.Generator().manual_seed(0)).bfloat16())
+    wrapped = RiemannianWrapper(SGD([{"params": [x], "manifold": Stiefel()}], lr=1e-4))
+    seen = set()
+    for _ in range(4):
+        x.grad = torch.ones_like(x)
+        wrapped.step()
+        seen.add(wrapped.state[x]["master"].data_ptr())
+    assert len(seen) == 1
+    assert Stiefel().residual(wrapped.state[x]["master"]) < 1e-6

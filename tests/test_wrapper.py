@@ -2133,12 +2133,20 @@ def test_an_optimizer_around_another_may_have_no_hooks() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_point_may_change_its_memory_layout_between_steps(fused: bool) -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_point_may_change_its_memory_layout_between_steps(fused: bool, hooked: bool) -> None:
     """Stateless: with moments in the old layout torch's own fused kernels go wrong."""
     x, y = parameter(12, 3), parameter(12, 3)
-    optimizers = [
-        RiemannianWrapper(SGD([{"params": [p], "manifold": Stiefel()}], lr=0.1, fused=fused)) for p in (x, y)
-    ]
+    optimizers = []
+    for p in (x, y):  # beside another of its shape: hooks keep apart what would be stepped as one
+        points = [p, parameter(12, 3)] if hooked else [p]
+        optimizers.append(
+            RiemannianWrapper(SGD([{"params": points, "manifold": Stiefel()}], lr=0.1, fused=fused))
+        )
+        for q in points:
+            q.grad = torch.zeros_like(q)
+        if hooked:
+            optimizers[-1].optimizer.register_step_pre_hook(lambda *_: None)
     for step in range(3):
         for p, optimizer in zip((x, y), optimizers, strict=True):
             p.grad = point(12, 3, seed=step)

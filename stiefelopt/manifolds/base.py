@@ -93,6 +93,18 @@ class Manifold:
         """A shape of points near to the shape (*b, n, p) of a tall matrix: where the laws can be tried."""
         return shape
 
+    @property
+    def is_contained(self) -> bool:
+        """Whether NaN in a moved matrix reaches the new point of that matrix and nothing else.
+
+        A manifold that says so takes ``judge`` in `stacked_move`.
+        """
+        return False
+
+    def square_of_points(self, shape: tuple[int, ...]) -> int | None:
+        """||x||_F^2 of every point of this shape, which has no batch; None where it differs from point to point."""
+        return None
+
     def whole_part(self) -> str | None:
         """What of this manifold needs whole matrices, in words; None where sums over ranks of p x p products do.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -251,7 +251,7 @@ class Frames(Manifold):
         *,
         drift: float,
         reduce: Reduce | None = None,
-        stay: Tensor | None = None,
+        judge: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> list[OpenSum]:
         """Scale and project the displacements m - x and retract them: the new points, as open sums.
 
@@ -262,17 +262,17 @@ class Frames(Manifold):
             scales: factor of the displacement, for each stack.
             drift: the largest |x^T x - I| there may be.
             reduce: sums a batch over ranks.
-            stay: mask (B,) of points to be left where they are, whatever m is there, if the manifold `is_contained`.
+            judge: of the new points, a mask (B,) of those to be left where they were, if the manifold `is_contained`;
+                the result then lies in ms.
         """
         still = unmoved_matrices(xs, ms, e, drift, reduce)
-        if stay is not None:
-            still = stay if still is None else still | stay
         ys = self._moved(xs, ms, e, scales, reduce)
-        if still is None:
-            return ys
-        # Where the caller is the optimizer's step itself, which then finds them in its work space.
-        out = None if stay is None else ms
-        return [(y, None) for y in keep_where(still, xs, close(ys), out=out)]
+        if judge is not None:
+            news = close(ys)
+            unfit = judge(news)
+            still = unfit if still is None else still | unfit
+            return [(y, None) for y in keep_where(still, xs, news, out=ms)]
+        return ys if still is None else [(y, None) for y in keep_where(still, xs, close(ys))]
 
     def _moved(
         self, xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float], reduce: Reduce | None
@@ -290,9 +290,13 @@ class Frames(Manifold):
             ds = projection.apply(xs, ds, reduce=reduce, out=ds)
         return [(y, None) for y in retraction.apply(xs, ds, reduce=reduce)]
 
+    def square_of_points(self, shape: tuple[int, ...]) -> int:
+        """p."""
+        return shape[-1]
+
     @property
     def is_contained(self) -> bool:
-        """Whether NaN in a moved matrix reaches the new point of that matrix and nothing else."""
+        """Where nothing but p x p algebra of each matrix is done."""
         return self._transport is None and self.retraction_part.form != "ambient"
 
     def stacked_transporter(

@@ -62,6 +62,10 @@ class UnitVectors(OneMetric):
             check_pair(name, x, other_name, other)
         return [self._seen(t) for t in tensors.values()]
 
+    def square_of_points(self, shape: tuple[int, ...]) -> int:
+        """One for every vector."""
+        return self._seen(torch.empty(shape, device="meta")).shape[-3]
+
     # Points
 
     def residual(self, x: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ def _step(p: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[s
     state["step"] += 1
     k = state["step"].item()
     state["exp_avg"].lerp_(g, 1 - b1)
-    square = whole(g.to(dtype).abs().square().sum())
+    g = g.to(dtype)
+    square = whole((g * g.conj()).real.sum())
     state["norm_sq"] = state["norm_sq"].to(real).lerp_(square, 1 - b2)
     root = (state["norm_sq"] / (1 - b2**k)).sqrt() + group["eps"]
     p.sub_(state["exp_avg"] * (float(group["lr"]) / ((1 - b1**k) * root)))

@@ -96,7 +96,7 @@ class Riemannion(RiemannianWrapper):
         return {**super().__getstate__(), "momentum": self._momentum}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._momentum = state["momentum"]
+        self._momentum = state.get("momentum", 0.9)
         super().__setstate__(state)
 
 
@@ -117,6 +117,7 @@ class _HeavyBallAndAdamW(AdamW):
     """SGD with momentum for the groups with a manifold, AdamW for the others, in one state."""
 
     unit_steps = True  # where only their direction counts, see `_steps`
+    _free: int | None = None  # how many groups had no manifold in the last step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -127,7 +128,9 @@ class _HeavyBallAndAdamW(AdamW):
                 self._heavy_ball(group)
         try:
             self.param_groups = [group for group in every if group.get("manifold") is None]
-            self._forget_heavy_ball()
+            if self._free != len(self.param_groups):
+                self._forget_heavy_ball()
+                self._free = len(self.param_groups)
             return _adamw_step()(self, closure)
         finally:
             self.param_groups = every
