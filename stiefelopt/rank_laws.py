@@ -102,6 +102,15 @@ class RankCase:
         values = 1 + 0.5 * torch.tanh(self.normal(key + 4, r))
         return cast(USV(u, a * values[..., None, :] @ b, v), self.dtype)
 
+    def weak(self) -> Tensor:
+        """r x r, diagonal from 1 down to 1e-3: what makes a well-conditioned point an ill-conditioned one."""
+        return torch.diag(torch.logspace(0, -3, self.sizes[-1], dtype=torch.float64))
+
+    def weak_point(self) -> USV:
+        """A point whose W has a condition number of about 1e3."""
+        x = self.point()
+        return x._replace(S=(x.S.double() @ self.weak()).to(self.dtype))
+
     def ambient(self, key: int = 10) -> USV:
         """Coordinates (dU, M, dV), not tangent, of norm ``scale`` together."""
         m, n, r = self.sizes
@@ -474,6 +483,30 @@ def law_rank_retraction(m: FixedRank, case: RankCase) -> None:
 
 
 @law
+def law_rank_nearest(m: FixedRank, case: RankCase) -> None:
+    """Where the retraction is the metric projection, R(x, u) is the matrix of rank r nearest to W + u.
+
+    Tried with W of condition 1e3 and with steps that all but move one side alone, short and long beside its singular
+    values.
+    """
+    if getattr(m, "retraction", "svd") != "svd":
+        return
+    x, r = case.weak_point(), case.sizes[-1]
+    u = case.tangent(x)
+    for part in (x._fields[0], x._fields[-1]):
+        for tiny in (1.0, 1e-6, 1e-10, 1e-14, 0.0):
+            step = u._replace(**{part: tiny * getattr(u, part)})
+            y = stepped(m, case, x, step)
+            if y is None:
+                continue
+            goal = matrix_of(x) + tangent_matrix(x, step)
+            best = torch.linalg.svdvals(goal)[..., r:].square().sum(-1).sqrt()
+            distance = matrix_norms(goal - matrix_of(y))[..., 0, 0]
+            bound = case.tolerance(20 * (1 + case.scale))
+            at_most(f"the nearest matrix of rank r (u.{part} times {tiny:g})", distance - best, bound)
+
+
+@law
 def law_rank_gauge(m: FixedRank, case: RankCase) -> None:
     """U^T U+ and V^T V+ are symmetric and positive: the factors turn as little as they can."""
     x = case.point()
@@ -757,6 +790,7 @@ RANK_MANIFOLD_LAWS: tuple[Law, ...] = (
 )
 RANK_RETRACTION_LAWS: tuple[Law, ...] = (
     law_rank_retraction,
+    law_rank_nearest,
     law_rank_gauge,
     law_rank_zero_step,
     law_rank_order,

@@ -191,6 +191,27 @@ def retraction_by_the_inverse_of_a_gram() -> FixedRank:
     return retracting(retract)
 
 
+@breaks(rank_laws.law_rank_nearest, "nearest matrix of rank r (u.V times 1e-14)")
+def retraction_that_believes_p_alone() -> FixedRank:
+    """One sweep of subspace iteration, whose q is still S^-T where Vp is zero and p is right already."""
+
+    def hasty(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+        p = torch.linalg.inv(c)
+        q = 2 * p.mT - p.mT @ (c.mT + hu @ p) @ p.mT
+        eye = torch.eye(c.shape[-1], dtype=c.dtype)
+        tu, tv = (torch.linalg.inv(torch.linalg.cholesky(eye + h)).mT for h in (p.mT @ hu @ p, q.mT @ hv @ q))
+        return Coefficients(tu, p @ tu, tu.mT @ (c + p.mT @ hu + hv @ q) @ tv, tv, q @ tv)
+
+    def retract(x: USV, u: USV) -> USV:
+        y = good.retract(x, u)
+        if bool((u.V.abs().amax() > 1e-13 * u.U.abs().amax()) | (u.V == 0).all()):
+            return y
+        au, bu, s, av, bv = hasty(x.S + u.S, u.U.mT @ u.U, u.V.mT @ u.V)
+        return USV(x.U @ au + u.U @ bu, s, x.V @ av + u.V @ bv)
+
+    return retracting(retract)
+
+
 @breaks(rank_laws.law_rank_gauge, "is symmetric")
 def gauge_that_diagonalizes_s() -> FixedRank:
     def retract(x: USV, u: USV) -> USV:
