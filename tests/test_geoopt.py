@@ -194,6 +194,23 @@ def test_tangent_vectors_and_moves(name: str) -> None:
     torch.testing.assert_close(m.project_tangent(y, moved), moved, atol=1e-9, rtol=0)
 
 
+def test_random_points_differ_and_follow_the_seed() -> None:
+    m = ours(geoopt.Sphere())
+
+    def drawn(**options: Any) -> list[Tensor]:
+        return [m.random_point(3, 4, **options) for _ in range(2)]
+
+    torch.manual_seed(3)
+    first, second = drawn()
+    assert not torch.allclose(first, second)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, drawn(), (first, second)))
+    state = torch.get_rng_state()
+    first, second = drawn(generator=torch.Generator().manual_seed(3))
+    assert not torch.allclose(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 @each
 def test_a_zero_gradient_moves_no_bit(name: str) -> None:
     p = parameter(name)

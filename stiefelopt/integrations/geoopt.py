@@ -149,9 +149,9 @@ class Geoopt(Manifold):
         """geoopt's ``random`` point of that shape; not uniform on every manifold."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
         manifold = self._at(torch.empty(0))
+        seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):  # geoopt's takes no generator
-            seed = torch.randint(2**62, (), generator=generator)
-            torch.manual_seed(int(seed))
+            torch.manual_seed(seed)
             draw = getattr(manifold, "random_normal", manifold.random)  # Lorentz has no other
             x = draw(*shape, dtype=manifold.dtype or compute_dtype(dtype))
         return x.detach().as_subclass(Tensor).to(dtype=dtype, device=device)
