@@ -84,9 +84,19 @@ def polar_factor(z: Tensor) -> Tensor:
     Cost: one batched thin SVD, about 6 n p^2 flops at LAPACK speed. Accuracy: a few eps.
     Reference: Higham, Functions of Matrices (2008), theorem 8.4.
     """
+    check_finite(z)
+    return on_stacks(svd_factor, z=z)
+
+
+def check_finite(z: Tensor) -> None:
+    """Refuse what no orthonormal matrix is nearest to.
+
+    Raises:
+        ShapeError: not a tall real matrix.
+        NotOnManifoldError: not finite.
+    """
     check_matrix("z", z)
     if not under_transform() and not bool(torch.isfinite(z).all()):
         raise NotOnManifoldError(
             "z holds NaN or Inf, and no orthonormal matrix is nearest to it; look where it was made."
         )
-    return on_stacks(svd_factor, z=z)

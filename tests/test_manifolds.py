@@ -10,7 +10,7 @@ import pymanopt.manifolds as pm
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import jacrev, jvp, vmap
 
 from stiefelopt import (
     Grassmann,
@@ -194,6 +194,27 @@ def test_the_nearest_rotation() -> None:
     batch = torch.randn(50, 5, 5)
     SpecialOrthogonal().check(SpecialOrthogonal().project_point(batch))
     SpecialOrthogonal().check(SpecialOrthogonal().random_point(50, 3, 3))
+
+
+def test_the_nearest_rotation_is_differentiable_where_it_is_unique() -> None:
+    """Against central differences: at rotations, at repeated and zero singular values, and in batches of both kinds."""
+    project = SpecialOrthogonal().project_point
+    z = torch.diag_embed(
+        torch.tensor([[1.0, 1, 1], [2, 2, -1], [2, 2, 2], [3, 1, 0], [3, 2, -1.5], [-1, -2, 3]]).double()
+    )
+    turn = torch.linalg.qr(torch.randn(6, 3, 3, dtype=torch.float64))[0]
+    z = torch.cat((z[:3], turn @ z @ turn.roll(1, 0))).requires_grad_()
+    assert bool((torch.linalg.det(z) < 0).any()) and bool((torch.linalg.det(z) > 0).any())
+    assert torch.autograd.gradcheck(project, z)
+    assert torch.autograd.gradgradcheck(project, z)
+    z = z.detach()
+    rate = torch.randn_like(z)
+    slope = (project(z + 1e-5 * rate) - project(z - 1e-5 * rate)) / 2e-5
+    for transformed in (jvp(project, (z,), (rate,))[1], vmap(lambda a, b: jvp(project, (a,), (b,))[1])(z, rate)):
+        torch.testing.assert_close(transformed, slope, rtol=0, atol=1e-8)
+    jacobians = vmap(jacrev(project))(z).flatten(3)
+    along = (jacobians * rate.flatten(1)[:, None, None]).sum(-1)
+    torch.testing.assert_close(along, slope, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
