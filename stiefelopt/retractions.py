@@ -177,8 +177,9 @@ def close(sums: Sequence[OpenSum]) -> list[Tensor]:
 
 def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> list[Tensor]:
     c, w, q = grams((xs, xs), (xs, us), (us, us), reduce=reduce)
-    far = distance_from_identity(q + identity_like(q))
-    _check_radius(r, far)
+    z = q + identity_like(q)  # the Gram of x + u, for a tangent u
+    far = distance_from_identity(z)
+    _check_radius(r, far, z)
     if far is not None and far > FAR:
         if q.dtype == torch.float32:  # Grams of so long a step are blind to x
             ys = _apply_gram(r, [x.double() for x in xs], [u.double() for u in us], reduce)
@@ -198,12 +199,24 @@ def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> lis
     return close(normalize(ys, polar, reduce))
 
 
-def _check_radius(r: Retraction, far: float | None) -> None:
-    """Refuse ||u||_2^2 = far beyond the radius (far is a bound, up to sqrt(p) above the square itself)."""
-    if far is not None and far > r.radius * r.radius:
+def _check_radius(r: Retraction, far: float | None, g: Tensor) -> None:
+    """Refuse ||u||_2 beyond the radius.
+
+    Args:
+        r: the retraction.
+        far: a bound of ||u||_2^2, up to p^(1/2) above it; None where the host must not look.
+        g: the Gram of x + u, I + u^T u, whose eigenvalues are looked at where the bound does not settle it.
+
+    Raises:
+        StepError: it is beyond.
+    """
+    if far is None or not far > r.radius * r.radius:
+        return
+    if far < math.inf:
+        far = (torch.linalg.eigvalsh(g.detach()) - 1).abs().amax().item()
+    if far > r.radius * r.radius:
         raise StepError(
-            f"{r.name} accepts steps up to ||u||_2 = {r.radius:g}, and this one may be as long as "
-            f"{math.sqrt(far):.3g}: "
+            f"{r.name} accepts steps up to ||u||_2 = {r.radius:g}, and this one has {math.sqrt(far):.3g}: "
             f"lower the learning rate or use retraction='polar', which takes any step."
         )
 
@@ -233,7 +246,7 @@ def normalize(
             g = gram(zs, zs, reduce)
         far = measure(g)
         if turn == 0:
-            _check_radius(r, far)
+            _check_radius(r, far, g)
         if far is not None and NEAR < far < math.inf:
             far = min(far, spectral_bound(g.detach() - identity_like(g)).amax().item())
         if far is not None and far > FAR and g.dtype == torch.float32:
