@@ -47,7 +47,7 @@ from .matfun import (
     spectral_bound,
 )
 from .registry import Registry
-from .shapes import as_stacks
+from .shapes import as_stacks, check_returned
 from .svd_factor import svd_factor
 from .transforms import host_can_look, is_differentiated
 
@@ -152,13 +152,13 @@ class Retraction:
 
     def _ambient(self, x: Tensor, u: Tensor) -> Tensor:
         """f(x, u), which is somebody's own code."""
-        y = self.function(x, u)
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise StepError(
-                f"retraction {self.name!r} returned {given}, and points {tuple(x.shape)} are needed: it is called with "
-                f"stacks (B, n, p)."
-            )
+        y = check_returned(
+            "retraction",
+            self.name,
+            self.function(x, u),
+            x.shape,
+            "it is called with stacks x and u, (B, n, p)",
+        )
         if host_can_look(y) and not bool(torch.isfinite(y).all()):
             raise StepError(
                 f"retraction {self.name!r} returned NaN or Inf; shorten the step (lower lr, clip the gradient)."

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ShapeError, StepError
 from .full_precision import full_precision
 
 HALF = (torch.float16, torch.bfloat16)
@@ -66,6 +66,25 @@ def check_pair(name: str, x: Tensor, other_name: str, other: object) -> None:
             raise ShapeError(
                 f"{other_name} has {what} {given}, {name} has {needed}; they must agree: {way_out}."
             )
+
+
+def check_returned(family: str, name: str, found: object, shape: tuple[int, ...], called: str) -> Tensor:
+    """Refuse what somebody's own function returned, where it is no tensor of the shape needed.
+
+    Args:
+        family: what the function is, "retraction" for example.
+        name: and its name.
+        found: what it returned.
+        shape: what is needed.
+        called: how it is called and what it should return, in words.
+
+    Raises:
+        StepError: it is something else.
+    """
+    if isinstance(found, Tensor) and found.shape == shape:
+        return found
+    given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise StepError(f"{family} {name!r} returned {given}, and {tuple(shape)} is needed: {called}.")
 
 
 def as_stacks(**tensors: Tensor) -> list[Tensor]:

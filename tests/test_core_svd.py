@@ -98,7 +98,9 @@ def test_one_sided_steps_from_an_ill_conditioned_point_are_finite() -> None:
     for zero in (t._replace(V=0 * t.V), t._replace(U=0 * t.U)):
         u = zero._replace(S=0 * t.S)
         y = f.retract(x, u)
-        wanted = (x.U.double() @ x.S.double() + u.U.double()) @ x.V.double().mT + x.U.double() @ u.V.double().mT
+        wanted = (
+            x.U.double() @ x.S.double() + u.U.double()
+        ) @ x.V.double().mT + x.U.double() @ u.V.double().mT
         found = y.U.double() @ y.S.double() @ y.V.double().mT
         assert torch.linalg.matrix_norm(found - wanted) < 1e-5
 

@@ -14,14 +14,12 @@ import torch
 from geoopt import manifolds as theirs
 from torch import Tensor
 
-from ..errors import ConfigError, NotOnManifoldError, ShapeError, StepError
+from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
-from ..gram import Reduce, Tall, subtract_points
+from ..gram import Reduce, Tall
 from ..manifolds.base import Carrier, Manifold, register
 from ..manifolds.carried import reads
-from ..retractions import OpenSum
 from ..shapes import REAL, check_pair, compute_dtype
-from ..transforms import host_can_look
 from .geoopt_manifolds import NotWritable, built, describe, repaired
 
 TRANSPORTS = ("none", "transp")
@@ -212,41 +210,14 @@ class Geoopt(Manifold):
         """v, tangent at x, as a tangent vector at y = retract(x, u)."""
         return self._at(x).transp(x, y, v)
 
-    # The beats of the optimizer's step, on stacks (k, *shape)
+    # The beats of the optimizer's step, on stacks (k, *shape): geoopt's functions, without what the methods add to them
 
-    def stacked_gradient(
-        self, xs: Tall, gs: Tall, *, arriving: str = "factors", reduce: Reduce | None = None
-    ) -> Tensor:
-        """Overwrite the stacks gs by Riemannian gradients; returns the largest entries before and after."""
-        shown = _shown(gs)
-        for x, g in zip(xs, gs, strict=True):
-            g.copy_(self._at(x).egrad2rgrad(x, g))
-        return torch.maximum(shown, _shown(gs))
-
-    def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
-        """Overwrite the moved points ms by displacements; returns their largest entries."""
-        subtract_points(xs, ms)
-        return _shown(ms)
-
-    def stacked_move(
-        self,
-        xs: Tall,
-        ms: Tall,
-        e: Tensor,
-        scales: Sequence[float],
-        *,
-        drift: float,
-        reduce: Reduce | None = None,
-    ) -> list[OpenSum]:
-        """Scale and project the displacements that `stacked_overlap` left in ms, and retract them."""
-        return [(self._moved(x, d * s), None) for x, d, s in zip(xs, ms, scales, strict=True)]
+    def _converted(self, x: Tensor, g: Tensor) -> Tensor:
+        return self._at(x).egrad2rgrad(x, g)
 
     def _moved(self, x: Tensor, d: Tensor) -> Tensor:
         manifold = self._at(x)
-        y = _retracted(manifold, x, manifold.proju(x, d), still=d)
-        if host_can_look(y) and not bool(torch.isfinite(y).all()):
-            raise StepError(f"{manifold} cannot retract so long a step; lower the learning rate or clip")
-        return y
+        return _retracted(manifold, x, manifold.proju(x, d), still=d)
 
     def stacked_transporter(
         self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
@@ -259,10 +230,6 @@ class Geoopt(Manifold):
             return [self._at(y).transp(xs[i], y, v) for i, y, v in zip(index, ys, vs, strict=True)]
 
         return Carrier(carry)
-
-    def stacked_distance(self, xs: Tall, ys: Tall, reduce: Reduce | None = None) -> float:
-        """Sum of ||y - x||_F^2."""
-        return sum((y - x).abs().square().sum().item() for x, y in zip(xs, ys, strict=True))
 
 
 def _own_dims(manifold: Any, x: Tensor) -> tuple[int, ...]:
@@ -283,11 +250,6 @@ def _pair(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _lifted(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
-
-
-def _shown(stacks: Tall) -> Tensor:
-    """The largest entry of every parameter, (B, 1, 1), in which NaN and Inf show."""
-    return torch.cat([t.abs().reshape(len(t), -1).amax(1) for t in stacks])[:, None, None]
 
 
 @reads("geoopt")
