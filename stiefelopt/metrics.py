@@ -58,7 +58,9 @@ _registry: Registry[Metric] = Registry("metric")
 names, get = _registry.names, _registry.get
 
 
-def register(name: str, *, inner: InnerProduct) -> Callable[[Callable[[Tensor], Tensor]], Metric]:
+def register(
+    name: str, *, inner: InnerProduct | None = None
+) -> Callable[[Callable[[Tensor], Tensor]], Metric]:
     """Decorator that adds a metric from the normal part of its gradient.
 
     Args:
@@ -66,7 +68,11 @@ def register(name: str, *, inner: InnerProduct) -> Callable[[Callable[[Tensor], 
         inner: ``inner(q, wu, wv) -> (*b,)`` with q = u^T v, wu = x^T u, wv = x^T v.
 
     The decorated function maps k = x^T g to m, and the gradient is g - x m.
+
+    Raises:
+        ConfigError: not a name, or one that is taken; no inner product.
     """
+    _registry.check_name(name)
     if not callable(inner):
         raise ConfigError(f"metric {name!r} needs inner=, a function (q, wu, wv) -> (*b,); got {inner!r}.")
 

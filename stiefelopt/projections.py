@@ -57,7 +57,11 @@ def register(name: str, *, form: str = "gram") -> Callable[[Callable[..., Tensor
     Args:
         name: the word that ``Stiefel(projection=...)`` will accept.
         form: "gram": ``f(w) -> s`` with w = x^T z, and the result is z - x s; "ambient": ``f(x, z) -> u``.
+
+    Raises:
+        ConfigError: not a name, or one that is taken; another form.
     """
+    _registry.check_name(name)
     if form not in ("gram", "ambient"):
         raise ConfigError(
             f"projection {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, z) -> u)."

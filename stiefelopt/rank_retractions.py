@@ -80,7 +80,11 @@ def register(name: str, *, order: int = 1, iterative: bool = False) -> Callable[
         iterative: whether the function takes a fourth argument, the eps of the points' dtype.
 
     The decorated function is ``f(c, hu, hv) -> (au, bu, s, av, bv)``, see the module; it computes in float64.
+
+    Raises:
+        ConfigError: not a name, or one that is taken.
     """
+    _registry.check_name(name)
     return lambda function: _registry.add(name, RankRetraction(name, function, order, iterative))
 
 

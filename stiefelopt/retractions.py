@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import metrics
 from .errors import ConfigError, StepError, UnknownNameError
 from .full_precision import full_precision
 from .gram import (
@@ -152,6 +153,10 @@ class Retraction:
 
     def _ambient(self, x: Tensor, u: Tensor) -> Tensor:
         """f(x, u), which is somebody's own code."""
+        if self.radius < math.inf:
+            z = gram([u], [u])
+            z = z + identity_like(z)
+            _check_radius(self, distance_from_identity(z), z)
         y = check_returned(
             "retraction",
             self.name,
@@ -295,19 +300,50 @@ def register(
         order: declared order for each metric, for example {"canonical": 1, "euclidean": 2}; default 1.
         radius: largest ||u||_2 it accepts.
         equivariance: "both" or "left".
+
+    Raises:
+        UnknownNameError: the order names a metric that is not registered.
+        ConfigError: not a name, or one that is taken; another form; what is declared cannot be true.
     """
+    _registry.check_name(name)
     if form not in FORMS:
         raise ConfigError(
             f"retraction {name!r} was given form={form!r}; use one of {', '.join(map(repr, FORMS))}."
         )
-    if equivariance not in ("both", "left"):
-        raise ConfigError(
-            f"retraction {name!r} was given equivariance={equivariance!r}; use 'both' or 'left'."
-        )
-    declared = {"euclidean": 1, "canonical": 1} if order is None else dict(order)
+    declared = {"euclidean": 1, "canonical": 1} if order is None else order
+    declared = checked_facts(name, declared, radius, equivariance)
     return lambda function: _registry.add(
         name, Retraction(name, form, function, declared, radius, equivariance)
     )
+
+
+def checked_facts(name: str, order: object, radius: object, equivariance: object) -> dict[str, float]:
+    """The order as a dict, where all that is declared of a retraction can be true.
+
+    Raises:
+        UnknownNameError: the order names a metric that is not registered.
+        ConfigError: the order is no mapping to numbers from 1 on, the radius not positive, the equivariance no word.
+    """
+    given = f"retraction {name!r} was given"
+    if not isinstance(order, Mapping):
+        raise ConfigError(
+            f"{given} order={order!r}; use a mapping from metric to order, such as {{'euclidean': 2}}."
+        )
+    for metric, value in order.items():
+        metrics.get(metric)
+        if not _is_number(value) or not value >= 1:
+            raise ConfigError(
+                f"{given} order {value!r} for the metric {metric!r}; use 1, 2 or math.inf (exact)."
+            )
+    if not _is_number(radius) or not radius > 0:  # type: ignore[operator]
+        raise ConfigError(f"{given} radius={radius!r}; use a positive number, math.inf for none.")
+    if equivariance not in ("both", "left"):
+        raise ConfigError(f"{given} equivariance={equivariance!r}; use 'both' or 'left'.")
+    return dict(order)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @register("polar", form="normalizer", order={"euclidean": 2, "canonical": 1})

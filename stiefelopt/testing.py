@@ -699,6 +699,7 @@ def check_retraction(
     order: Mapping[str, float] | float | None = None,
     *,
     equivariance: str | None = None,
+    radius: float | None = None,
     shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     scales: Sequence[float] = SCALES,
@@ -714,6 +715,8 @@ def check_retraction(
             the Euclidean metric, which is what "second order" means in the literature. Undeclared orders are
             checked to be at least 1.
         equivariance: "both" or "left", in place of the declared one.
+        radius: the largest ||u||_2 that is tried, in place of the declared one; with none, a step of norm 1e4 has to
+            end on the manifold too. Register the function with it, so that longer steps are refused.
         shapes: of points, as in `check_manifold`.
         dtypes: of points.
         scales: Frobenius norms of the steps; cut to the retraction's radius.
@@ -722,21 +725,39 @@ def check_retraction(
 
     Raises:
         AssertionError: names the law that does not hold, and the numbers.
+        UnknownNameError: r, or a metric in the order, is not registered.
+        ConfigError: what is to be checked cannot be true of any retraction, or is not asked on FixedRank.
     """
     if isinstance(r, RankRetraction):
+        if equivariance is not None or radius is not None:
+            raise ConfigError(
+                "equivariance= and radius= are for retractions of Stiefel; leave them out for FixedRank."
+            )
         return _check_rank_retraction(r, order, shapes, dtypes, scales, steps, seed)
     shapes = SHAPES if shapes is None else shapes
     part = retraction_of(Stiefel(retraction=r))
-    if order is not None:
-        part = replace(part, order={"euclidean": order} if isinstance(order, (int, float)) else dict(order))
-    if equivariance is not None:
-        part = replace(part, equivariance=equivariance)
+    part = _with_facts(part, order, radius, equivariance)
     for metric in metrics.names():
         if not serves(part, metric):
             continue
         m = Stiefel(metric=metric, retraction=part)
         _check_all(replace(STIEFEL, laws=RETRACTION_LAWS), m, shapes, dtypes, scales, seed)
         law_drift(m, Case((16, 3), torch.float32, 1e-2, seed), steps=steps)
+
+
+def _with_facts(
+    part: Retraction,
+    order: Mapping[str, float] | float | None,
+    radius: float | None,
+    equivariance: str | None,
+) -> Retraction:
+    """A retraction with what is to be checked in place of what it declares."""
+    given: dict[str, Any] = {"radius": radius, "equivariance": equivariance}
+    given["order"] = {"euclidean": order} if isinstance(order, (int, float)) else order
+    given = {fact: value for fact, value in given.items() if value is not None}
+    tried = {"order": {}, "radius": math.inf, "equivariance": "both", **given}
+    retractions.checked_facts(part.name, **tried)
+    return replace(part, **given)
 
 
 def _check_rank_retraction(

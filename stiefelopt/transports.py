@@ -45,7 +45,11 @@ def register(name: str, *, form: str = "gram") -> Callable[[Callable[..., Tensor
     Args:
         name: the word that ``Stiefel(transport=...)`` will accept.
         form: "gram": ``f(w) -> s`` with w = y^T v, and the result is v - y s; "ambient": ``f(x, u, y, v)``.
+
+    Raises:
+        ConfigError: not a name, or one that is taken; another form.
     """
+    _registry.check_name(name)
     if form not in ("gram", "ambient"):
         raise ConfigError(
             f"transport {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, u, y, v) -> v)."

@@ -389,8 +389,8 @@ def test_options() -> None:
     for kind in KINDS:
         with pytest.raises(UnknownNameError, match="pollar"):
             kind("pollar")
-        with pytest.raises(ConfigError, match="transport"):
-            kind(transport="parallel")
+        with pytest.raises(UnknownNameError, match=r"unknown transport 'projecton'.*mean 'projection'"):
+            kind(transport="projecton")
         with pytest.raises(ConfigError, match="registered name"):
             kind(3)
         plain = kind(lambda x, u: torch.linalg.qr(x + u)[0])

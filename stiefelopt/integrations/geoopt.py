@@ -19,6 +19,7 @@ from ..full_precision import full_precision
 from ..gram import Reduce, Tall
 from ..manifolds.base import Carrier, Manifold, register
 from ..manifolds.carried import reads
+from ..registry import check_word
 from ..shapes import REAL, check_pair, compute_dtype
 from .geoopt_manifolds import NotWritable, built, describe, repaired
 
@@ -40,7 +41,7 @@ class Geoopt(Manifold):
         live: the manifold itself, where it cannot be written.
 
     Raises:
-        ConfigError: a definition that is not one, or an unknown transport.
+        ConfigError: a definition that is not one. UnknownNameError: an unknown transport.
 
     Cost: geoopt's; ambient, neither fused nor sharded.
     """
@@ -53,10 +54,7 @@ class Geoopt(Manifold):
     live: Any = None
 
     def __post_init__(self) -> None:
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(
-                f"from_geoopt(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
-            )
+        check_word("transport", self.transport, TRANSPORTS)
         if self.live is None:
             built(self.definition, torch.device("cpu"))
 
@@ -264,7 +262,7 @@ def from_geoopt(manifold: Any, *, transport: str = "none") -> Geoopt | None:
         The manifold for a group's key "manifold"; None, which is no constraint, for ``geoopt.Euclidean``.
 
     Raises:
-        ConfigError: not a manifold of geoopt.
+        ConfigError: not a manifold of geoopt. UnknownNameError: an unknown transport.
     """
     if not isinstance(manifold, theirs.Manifold):
         raise ConfigError(

@@ -224,7 +224,12 @@ def _shown(stacks: Tall) -> Tensor:
 
 
 def register(name: str) -> Callable[[type[M]], type[M]]:
-    """Class decorator that adds a manifold; the class name must equal the registered name."""
+    """Class decorator that adds a manifold; the class name must equal the registered name.
+
+    Raises:
+        ConfigError: not a name, or one that is taken or not the class's.
+    """
+    _registry.check_name(name)
 
     def add(cls: type[M]) -> type[M]:
         if name != cls.__name__:

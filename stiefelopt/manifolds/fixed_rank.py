@@ -28,6 +28,7 @@ from ..gram import (
 )
 from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
+from ..registry import check_word
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype
 from .base import Carrier, Manifold, carrier_from, register
@@ -81,10 +82,7 @@ class FixedRank(Manifold):
 
     def __post_init__(self) -> None:
         rank_retractions.get(self.retraction)
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(
-                f"FixedRank(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
-            )
+        check_word("transport", self.transport, TRANSPORTS)
         if not (isinstance(self.floor, (int, float)) and 0 <= self.floor < 1):
             raise ConfigError(
                 f"FixedRank(floor={self.floor!r}); a number in [0, 1) is needed, for example 1e-3."

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import retractions
 from ..errors import ConfigError
+from ..registry import check_word
 from .base import Manifold
 
 TRANSPORTS = ("none", "projection")
@@ -35,10 +36,7 @@ class OneMetric(Manifold):
             raise ConfigError(
                 f"{name}(retraction={self.retraction!r}): a registered name is needed, one of {retractions.names()}."
             )
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(
-                f"{name}(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
-            )
+        check_word("transport", self.transport, TRANSPORTS)
 
     @property
     def retraction_part(self) -> retractions.Retraction:
