@@ -658,15 +658,36 @@ def suite_of(m: Any) -> Suite:
     """The laws of the nearest known class above a manifold's.
 
     Where there is none those of Stiefel, at the shapes that it ``fits`` and with points that the manifold makes.
+
+    Raises:
+        ConfigError: there is none, and its points have no orthonormal columns.
     """
     known = next((SUITES[cls] for cls in type(m).__mro__ if cls in SUITES), None)
     if known is not None:
         return known
+    _check_has_frames(m)
 
     def case(shape: tuple[int, ...], dtype: torch.dtype, scale: float, seed: int) -> OwnCase:
         return OwnCase(m.fits(shape), dtype, scale, seed, m)
 
     return replace(STIEFEL, shapes=tuple(dict.fromkeys(map(m.fits, SHAPES))), case=case)
+
+
+def _check_has_frames(m: Any) -> None:
+    """Refuse a manifold of which the laws of Stiefel say nothing: they would call it broken."""
+    name = type(m).__name__
+    way_out = "FixedRank and FixedRankPair have laws of their own; of other manifolds test what they claim yourself."
+    if m.held == "tensor":
+        raise ConfigError(
+            f"a point of {name} is a tensor, and the laws are those of orthonormal columns: {way_out}"
+        )
+    x = m.project_point(Case(m.fits(Case.shape)).normal(0))
+    off = _residual(x).abs().amax().item()
+    if not off < 0.1:
+        raise ConfigError(
+            f"project_point of {name} makes points with |x^T x - I| = {off:.2g}, and the laws are those of orthonormal "
+            f"columns: let fits(shape) name shapes where it has them. {way_out}"
+        )
 
 
 def check_manifold(
@@ -689,6 +710,7 @@ def check_manifold(
 
     Raises:
         AssertionError: names the law that does not hold, and the numbers.
+        ConfigError: a manifold of another kind, whose points have no orthonormal columns.
     """
     suite = suite_of(m)
     _check_all(suite, m, suite.shapes if shapes is None else shapes, dtypes, scales, seed)

@@ -523,3 +523,14 @@ def test_a_manifold_of_ones_own_is_refused_by_name() -> None:
         with pytest.raises(error, match=message):
             wrapper.step()
         assert torch.equal(p.detach(), x)
+
+
+def test_the_laws_are_not_run_where_they_say_nothing() -> None:
+    """Nothing is wrong with a sphere of matrices; its points have no orthonormal columns, that is all."""
+    with pytest.raises(ConfigError, match=r"project_point of UnitMatrices makes points with .*fits\(shape\)"):
+        check_manifold(UnitMatrices())  # type: ignore[arg-type]
+
+    class Vectors(Sphere):
+        """At n x 1, where fits() says that they have one."""
+
+    assert suite_of(Vectors()).case((5, 3), torch.float64, 1.0, 0).shape == (5, 1)
