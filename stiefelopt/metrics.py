@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .gram import Reduce, Tall, combine, gram, sym
 from .registry import Registry
-from .shapes import on_stacks
+from .shapes import check_returned, on_stacks
 
 InnerProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,13 +45,25 @@ class Metric:
             reduce: sums a batch over ranks.
             out: stacks to write the gradients to.
             small: (B, p, p) to write k to.
+
+        Raises:
+            StepError: the normal part has another shape.
         """
         k = gram(xs, gs, reduce, out=small)
-        return combine(gs, xs, self.normal(k), alpha=-1.0, out=out), k
+        m = check_returned("metric", self.name, self.normal(k), k.shape, "it maps k = x^T g, (B, p, p), to m")
+        return combine(gs, xs, m, alpha=-1.0, out=out), k
 
     def inner(self, xs: Tall, us: Tall, vs: Tall, reduce: Reduce | None = None) -> Tensor:
-        """<u, v>_x for every matrix of the stacks, (B,)."""
-        return self.product(gram(us, vs, reduce), gram(xs, us, reduce), gram(xs, vs, reduce))
+        """<u, v>_x for every matrix of the stacks, (B,).
+
+        Raises:
+            StepError: the inner product has another shape.
+        """
+        q = gram(us, vs, reduce)
+        found = self.product(q, gram(xs, us, reduce), gram(xs, vs, reduce))
+        return check_returned(
+            "metric", self.name, found, q.shape[:1], "its inner product maps (B, p, p) to (B,)"
+        )
 
 
 _registry: Registry[Metric] = Registry("metric")

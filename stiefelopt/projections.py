@@ -11,9 +11,11 @@ from torch import Tensor
 from .errors import ConfigError, NotOnManifoldError
 from .gram import Reduce, Tall, combine, gram, sym
 from .registry import Registry
-from .shapes import check_matrix, on_stacks
+from .shapes import check_matrix, check_returned, on_stacks
 from .svd_factor import svd_factor
 from .transforms import under_transform
+
+GRAM, AMBIENT = "it maps w = x^T z, (B, p, p), to s", "it is called with stacks x and z, (B, n, p)"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,18 @@ class Projection:
         reduce: Reduce | None = None,
         out: Tall | None = None,
     ) -> list[Tensor]:
-        """The projection on stacks; w = x^T z where it is at hand already."""
+        """The projection on stacks; w = x^T z where it is at hand already.
+
+        Raises:
+            StepError: the function returned another shape.
+        """
         if self.form == "ambient":
-            return [self.function(x, z) for x, z in zip(xs, zs, strict=True)]
+            return [self._returned(self.function(x, z), x, AMBIENT) for x, z in zip(xs, zs, strict=True)]
         w = gram(xs, zs, reduce) if w is None else w
-        return combine(zs, xs, self.function(w), alpha=-1.0, out=out)
+        return combine(zs, xs, self._returned(self.function(w), w, GRAM), alpha=-1.0, out=out)
+
+    def _returned(self, found: object, like: Tensor, called: str) -> Tensor:
+        return check_returned("projection", self.name, found, like.shape, called)
 
 
 _registry: Registry[Projection] = Registry("projection", words=("none",))

@@ -48,7 +48,7 @@ from .matfun import (
     spectral_bound,
 )
 from .registry import Registry
-from .shapes import as_stacks, check_returned
+from .shapes import as_stacks, check_count, check_returned
 from .svd_factor import svd_factor
 from .transforms import host_can_look, is_differentiated
 
@@ -115,15 +115,37 @@ class Retraction:
         return replace(self, function=self.variants[metric])
 
     def coefficients(self, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The small part: a, b with y = x a + u b for orthonormal x, w = x^T u, q = u^T u, all (*b, p, p)."""
+        """The small part: a, b with y = x a + u b for orthonormal x, w = x^T u, q = u^T u, all (*b, p, p).
+
+        Raises:
+            ConfigError: the form is ambient. StepError: the function returned something else.
+        """
         if self.form == "ambient":
             raise ConfigError(
                 f"retraction {self.name!r} has the ambient form: it has no p x p coefficients; call it on (x, u)."
             )
         if self.form == "gram":
-            return self.function(w, q)  # type: ignore[return-value]
-        t = self.function(identity_like(w) + w + w.mT + q) + identity_like(w)  # type: ignore[operator]
+            a, b = check_count("retraction", self.name, self.function(w, q), ("a", "b"))
+            # What does not depend on u may be one matrix for the batch, as I is.
+            a, b = (
+                t.expand_as(w) if isinstance(t, Tensor) and t.shape == w.shape[-2:] else t for t in (a, b)
+            )
+            called = "it maps w = x^T u and q = u^T u, (B, p, p), to a and b"
+            return (
+                check_returned("retraction", self.name, a, w.shape, called),
+                check_returned("retraction", self.name, b, w.shape, called),
+            )
+        t = self.increment(identity_like(w) + w + w.mT + q) + identity_like(w)
         return t, t
+
+    def increment(self, g: Tensor) -> Tensor:
+        """The small part of a normalizer, t - I of g, which it may overwrite.
+
+        Raises:
+            StepError: it has another shape.
+        """
+        called = "it maps g = (x + u)^T (x + u), (B, p, p), to t - I"
+        return check_returned("retraction", self.name, self.function(g), g.shape, called)
 
     def apply(
         self, xs: Tall, us: Tall, *, zero: Tensor | None = None, reduce: Reduce | None = None
@@ -257,7 +279,7 @@ def normalize(
         if far is not None and far > FAR and g.dtype == torch.float32:
             zs = [z.double() for z in zs]
             g = gram(zs, zs, reduce)
-        increments = products(zs, r.function(g))  # type: ignore[arg-type]
+        increments = products(zs, r.increment(g))
         sums: list[OpenSum] = list(zip(zs, increments, strict=True))
         if far is None or far <= NEAR:
             return sums if zs[0].dtype == dtype else [(y.to(dtype), None) for y in close(sums)]

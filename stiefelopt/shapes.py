@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,6 +85,18 @@ def check_returned(family: str, name: str, found: object, shape: tuple[int, ...]
         return found
     given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise StepError(f"{family} {name!r} returned {given}, and {tuple(shape)} is needed: {called}.")
+
+
+def check_count(family: str, name: str, found: object, parts: Sequence[str]) -> Sequence[object]:
+    """Refuse what somebody's own function returned, where it is not one result for each of the parts.
+
+    Raises:
+        StepError: it is something else.
+    """
+    if isinstance(found, Sequence) and len(found) == len(parts):
+        return found
+    given = f"{len(found)} results" if isinstance(found, Sequence) else type(found).__name__
+    raise StepError(f"{family} {name!r} returned {given}, and {len(parts)} are needed: {', '.join(parts)}.")
 
 
 def as_stacks(**tensors: Tensor) -> list[Tensor]:

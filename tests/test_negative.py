@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stiefelopt import RiemannianWrapper, Stiefel, metrics, projections, retractions, testing
+from stiefelopt import RiemannianWrapper, Stiefel, metrics, projections, retractions, testing, transports
 from stiefelopt.errors import StepError
 from stiefelopt.gram import gram, sym
 from stiefelopt.laws import Law
@@ -523,6 +523,71 @@ def test_a_part_that_refuses_steps_within_its_radius_is_told_so() -> None:
 
     with pytest.raises(StepError, match=r"law_\w+: mine; .*radius="):
         check_retraction(fails)
+
+
+WRONG_PARTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a retraction of one result": (
+        lambda: retractions.register("bad")(lambda w, q: (w,)),
+        r"retraction 'bad' returned 1 results, and 2 are needed: a, b",
+    ),
+    "a retraction of one matrix": (
+        lambda: retractions.register("bad")(lambda w, q: w),
+        r"retraction 'bad' returned Tensor, and 2 are needed: a, b",
+    ),
+    "a narrow retraction": (
+        lambda: retractions.register("bad")(lambda w, q: (w[..., :1], q)),
+        r"retraction 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow normalizer": (
+        lambda: retractions.register("bad", form="normalizer")(lambda g: g[..., :1]),
+        r"retraction 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow projection": (
+        lambda: projections.register("bad")(lambda w: w[..., :1]),
+        r"projection 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow ambient projection": (
+        lambda: projections.register("bad", form="ambient")(lambda x, z: z[..., :1]),
+        r"projection 'bad' returned \(1, 6, 1\), and \(1, 6, 3\) is needed",
+    ),
+    "a narrow transport": (
+        lambda: transports.register("bad")(lambda w: w[..., :1]),
+        r"transport 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow ambient transport": (
+        lambda: transports.register("bad", form="ambient")(lambda x, u, y, v: v[..., :1]),
+        r"transport 'bad' returned \(1, 6, 1\), and \(1, 6, 3\) is needed",
+    ),
+    "a narrow metric": (
+        lambda: metrics.register("bad", inner=lambda q, wu, wv: q.sum((-2, -1)))(lambda k: k[..., :1]),
+        r"metric 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+}
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_a_part_that_returns_another_shape_is_named(name: str) -> None:
+    """Where it would broadcast, or fail deep inside; and nothing has changed."""
+    register, message = WRONG_PARTS[name]
+    register()
+    family = next(word for word in ("retraction", "projection", "transport", "metric") if word in message)
+    p = torch.nn.Parameter(torch.eye(6, 3))
+    group = {"params": [p], "manifold": Stiefel(**{family: "bad"})}
+    optimizer = RiemannianWrapper(torch.optim.SGD([group], lr=0.1, momentum=0.9))
+    p.grad = torch.ones(6, 3)
+    with pytest.raises(StepError, match=message):
+        optimizer.step()
+    assert torch.equal(p, torch.eye(6, 3))
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_an_inner_product_of_another_shape_is_named() -> None:
+    metrics.register("bad", inner=lambda q, wu, wv: q)(lambda k: k)
+    with pytest.raises(
+        StepError, match=r"metric 'bad' returned \(1, 3, 3\), and \(1,\) is needed: its inner"
+    ):
+        Stiefel("bad").norm(torch.eye(6, 3), torch.ones(6, 3))
 
 
 @pytest.mark.parametrize(

@@ -425,3 +425,23 @@ def test_every_law_has_a_counter_example_and_holds_for_ours(law: Law) -> None:
 def test_check_manifold_names_the_law() -> None:
     with pytest.raises(AssertionError, match=r"^law_rank_gradient"):
         check_manifold(gradient_by_a_transposed_inverse(), shapes=[(5, 4, 2)])
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda c: (c, c), r"'bad' returned 2 results, and 5 are needed: au, bu, s, av, bv"),
+        (
+            lambda c: (c, c, c[..., :1], c, c),
+            r"'bad' returned \(1, 2, 1\), and \(1, 2, 2\) is needed: it maps c",
+        ),
+    ],
+)
+def test_a_retraction_that_returns_another_shape_is_named(
+    result: Callable[[Tensor], Any], message: str
+) -> None:
+    rank_retractions.register("bad")(lambda c, hu, hv: result(c))
+    x = FixedRank().random_point(5, 4, rank=2)
+    with pytest.raises(StepError, match=message):
+        FixedRank("bad").retract(x, FixedRank().random_tangent(x))
