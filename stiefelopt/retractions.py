@@ -59,6 +59,8 @@ NEAR = 0.9
 # ... and from which float32 Grams lose what they must resolve, so that the passes run in float64.
 FAR = 8.0
 PASSES = 6
+# Relative change of a vector's length by a result of somebody's own that is neither rounding nor an approximation's.
+OFF = 0.1
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,25 @@ class Retraction:
         ]
         return keep_where(zero, fixed, ys)
 
+    def check_points(self, ys: Tall) -> None:
+        """Refuse results of somebody's own code that are far from orthonormal, before a parameter holds them.
+
+        Raises:
+            StepError: they are, as seen on the CPU.
+
+        Cost: one pass over them, where the form is ambient.
+        """
+        if self.form != "ambient":
+            return
+        for y in ys:
+            if host_can_look(y) and not _looks_orthonormal(y):
+                c = gram([y], [y])
+                off = (c - identity_like(c)).abs().amax().item()
+                raise StepError(
+                    f"retraction {self.name!r} left the manifold, |y^T y - I| = {off:.2g}; it has to return orthonormal "
+                    f"columns, as torch.linalg.qr(x + u)[0] has"
+                )
+
     def _ambient(self, x: Tensor, u: Tensor) -> Tensor:
         """f(x, u), which is somebody's own code."""
         if self.radius < math.inf:
@@ -191,6 +212,13 @@ class Retraction:
                 f"retraction {self.name!r} returned NaN or Inf; shorten the step (lower lr, clip the gradient)."
             )
         return y
+
+
+def _looks_orthonormal(y: Tensor) -> bool:
+    """Whether ||y v|| is about ||v|| for one v without zeros."""
+    v = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device).cos()
+    stretched = torch.linalg.vector_norm(y @ v, dim=-1) / torch.linalg.vector_norm(v)
+    return bool(((stretched - 1).abs() < OFF).all())
 
 
 # The two summands of a result, for whoever writes it out to add on the way; None where it is whole already.

@@ -592,7 +592,13 @@ def test_an_inner_product_of_another_shape_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("result", "what"),
-    [(lambda x: x[..., :-1], "returned"), (lambda x: None, "NoneType"), (lambda x: x / 0, "NaN or Inf")],
+    [
+        (lambda x: x[..., :-1], "returned"),
+        (lambda x: None, "NoneType"),
+        (lambda x: x / 0, "NaN or Inf"),
+        (lambda x: 3 * x, r"retraction 'a plain function' left the manifold, \|y\^T y - I\| = 8"),
+        (lambda x: x.cumsum(-1), "left the manifold"),
+    ],
 )
 def test_what_is_no_point_is_not_written_to_a_parameter(result: Callable[[Tensor], Any], what: str) -> None:
     p = torch.nn.Parameter(torch.eye(6, 3))
@@ -602,3 +608,16 @@ def test_what_is_no_point_is_not_written_to_a_parameter(result: Callable[[Tensor
     with pytest.raises(StepError, match=what):
         optimizer.step()
     assert torch.equal(p, torch.eye(6, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 17), (5, 5), (3, 1)])
+def test_points_are_not_taken_for_others(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Long steps and half precision leave the manifold by rounding alone."""
+    p = torch.nn.Parameter(Stiefel().random_point(*shape, dtype=dtype))
+    for retraction in ("svd", lambda x, u: torch.linalg.qr(x + u)[0]):
+        group = {"params": [p], "manifold": Stiefel(retraction=retraction)}
+        for lr in (1e-3, 1e3):
+            p.grad = torch.randn(shape).to(dtype)
+            RiemannianWrapper(torch.optim.SGD([group], lr=lr)).step()
+    assert torch.isfinite(p).all()

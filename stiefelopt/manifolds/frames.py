@@ -261,6 +261,9 @@ class Frames(Manifold):
             scales: factor of the displacement, for each stack.
             drift: the largest |x^T x - I| there may be.
             reduce: sums a batch over ranks.
+
+        Raises:
+            StepError: the displacement cannot be retracted, or a retraction of one's own left the manifold.
         """
         unmoved = unmoved_matrices(xs, ms, e, drift, reduce)
         projection, retraction = self._projection, self.retraction_part
@@ -273,7 +276,9 @@ class Frames(Manifold):
         ds = _scaled_displacements(xs, ms, scales, out=ms)
         if projection is not None:
             ds = projection.apply(xs, ds, reduce=reduce, out=ds)
-        return [(y, None) for y in retraction.apply(xs, ds, zero=unmoved, reduce=reduce)]
+        ys = retraction.apply(xs, ds, zero=unmoved, reduce=reduce)
+        retraction.check_points(ys)
+        return [(y, None) for y in ys]
 
     def stacked_transporter(
         self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
