@@ -196,5 +196,10 @@ def expm(a: Tensor) -> Tensor:
 
 def norm(a: Tensor) -> Tensor:
     """Frobenius norm as (*b, 1, 1), without a NaN derivative at zero."""
-    square = a.square().sum((-2, -1), keepdim=True)
-    return torch.where(square > 0, square, torch.ones_like(square)).sqrt() * (square > 0)
+    return safe_root(a.square().sum((-2, -1), keepdim=True))
+
+
+def safe_root(square: Tensor) -> Tensor:
+    """square^(1/2), zero where it is not positive, without a NaN derivative there; NaN stays NaN."""
+    nothing = square <= 0
+    return square.masked_fill(nothing, 1).sqrt().masked_fill(nothing, 0)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,15 @@ class Retraction:
     equivariance: str = "both"
     variants: Mapping[str, Callable[..., object]] = field(default_factory=dict, hash=False, repr=False)
     far: Callable[..., object] | None = field(default=None, repr=False)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether its name means this very part."""
+        return self.name in names() and get(self.name) is self
+
+    def __reduce__(self) -> Any:
+        """Pickled by its name where that is enough: the name of its function means the part itself."""
+        return (_by_name, (self.name,)) if self.is_registered else super().__reduce__()
 
     @full_precision
     def __call__(self, x: Tensor, u: Tensor, *, metric: str | None = None) -> Tensor:
@@ -190,8 +200,8 @@ class Retraction:
                 c = gram([y], [y])
                 off = (c - identity_like(c)).abs().amax().item()
                 raise StepError(
-                    f"retraction {self.name!r} left the manifold, |y^T y - I| = {off:.2g}; it has to return orthonormal "
-                    f"columns, as torch.linalg.qr(x + u)[0] has"
+                    f"retraction {self.name!r} left the manifold, |y^T y - I| = {off:.2g}; it has to return "
+                    f"orthonormal columns, as torch.linalg.qr(x + u)[0] has"
                 )
 
     def _ambient(self, x: Tensor, u: Tensor) -> Tensor:
@@ -329,6 +339,42 @@ def as_part(retraction: str | Retraction | Callable[[Tensor, Tensor], Tensor]) -
     if isinstance(retraction, Retraction):
         return retraction
     return Retraction("a plain function", "ambient", retraction, {}, equivariance="")
+
+
+def as_option(
+    owner: str, retraction: str | Retraction | Callable[[Tensor, Tensor], Tensor]
+) -> str | Callable[[Tensor, Tensor], Tensor]:
+    """What a manifold keeps as its option ``retraction``: a name where there is one.
+
+    Args:
+        owner: the manifold, for errors.
+        retraction: what it was given.
+
+    Raises:
+        UnknownNameError: a name that is not registered.
+        ConfigError: no function either, or one that cannot be hashed.
+    """
+    if isinstance(retraction, str):
+        get(retraction)
+        return retraction
+    if isinstance(retraction, Retraction) and retraction.is_registered:
+        return retraction.name
+    if not callable(retraction):
+        raise ConfigError(
+            f"{owner}(retraction={retraction!r}): a registered name is needed, one of {names()}, or a function."
+        )
+    try:
+        hash(retraction)
+    except TypeError:
+        raise ConfigError(
+            f"{owner}(retraction={retraction!r}) cannot be hashed, as all options of a manifold are: give its class "
+            f"__hash__, wrap it in a function, or register it and pass the name."
+        ) from None
+    return retraction
+
+
+def _by_name(name: str) -> Retraction:
+    return get(name)
 
 
 def register(

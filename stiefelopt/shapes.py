@@ -30,6 +30,25 @@ def tolerance(dtype: torch.dtype, n: int, p: int) -> float:
     return max(4 * eps / math.sqrt(n), 2 * eps) if dtype in HALF else 10 * eps * math.sqrt(n * p)
 
 
+def as_sizes(shape: tuple[object, ...], form: str) -> tuple[int, ...]:
+    """(n, p) or ((n, p),), as in torch.randn.
+
+    Args:
+        shape: what was given.
+        form: what is needed, with an example.
+
+    Raises:
+        ShapeError: fewer than two dimensions, or a size that is no number from 0 on.
+    """
+    if len(shape) == 1 and isinstance(shape[0], Sequence):
+        shape = tuple(shape[0])
+    if len(shape) < 2:
+        raise ShapeError(f"the shape {shape} has fewer than two dimensions; give {form}.")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ShapeError(f"the shape {shape} has a size that is no integer from 0 on; give {form}.")
+    return shape  # type: ignore[return-value]
+
+
 def check_matrix(name: str, x: object, *, wide: bool = False) -> Tensor:
     """Refuse what is not a real floating-point tensor (*b, n, p) with n >= p >= 1, or n < p where wide ones fit."""
     if not isinstance(x, Tensor):

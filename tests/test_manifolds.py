@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import jacrev, jvp, vmap
 
 from stiefelopt import (
+    FixedRank,
+    FixedRankPair,
     Grassmann,
     Oblique,
     RiemannianWrapper,
@@ -383,6 +385,69 @@ def test_what_is_no_point_is_refused() -> None:
             )
     with pytest.raises(ShapeError, match="vector"):
         RiemannianWrapper(torch.optim.SGD([torch.eye(3)[0]], lr=0.1), Oblique())
+
+
+def test_a_rotation_is_square() -> None:
+    m, x = SpecialOrthogonal(), torch.eye(4, 2)
+    for call in (
+        lambda: m.dim(4, 2),
+        lambda: m.residual(x),
+        lambda: m.retract(x, x),
+        lambda: m.exp(x, x),
+        lambda: m.check(x),
+        lambda: m.random_tangent(x),
+        lambda: m.project_point(x),
+        lambda: m.random_point(4, 2),
+    ):
+        with pytest.raises(ShapeError, match=r"the shape \(4, 2\) is not square.*Stiefel\(\)"):
+            call()
+
+
+@pytest.mark.parametrize("m", [Stiefel(), SpecialOrthogonal(), Grassmann(), Sphere(), Oblique()], ids=repr)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3,), "fewer than two dimensions"),
+        ((), "fewer than two dimensions"),
+        ((-2, 5, 3), "no integer from 0 on"),
+        ((5, -3), "no integer from 0 on"),
+        ((5, 2.0), "no integer from 0 on"),
+        ((5, 0), "with n >= p >= 1|n, p >= 1"),
+    ],
+)
+def test_shapes_of_no_point(m: Any, shape: tuple[Any, ...], message: str) -> None:
+    for method in (m.dim, m.random_point):
+        with pytest.raises(ShapeError, match=message):
+            method(*shape)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (-2, 5, 4), (5, -4), (5, 4.0)])
+def test_shapes_of_no_matrix_of_fixed_rank(shape: tuple[Any, ...]) -> None:
+    for m in (FixedRank(), FixedRankPair()):
+        for method in (m.dim, m.random_point):
+            with pytest.raises(ShapeError, match=r"fewer than two dimensions|no integer from 0 on"):
+                method(*shape, rank=2)
+
+
+def test_the_norm_of_zero_has_a_derivative() -> None:
+    """Zero, as that of sqrt(<u, u>) anywhere else is u over it; and NaN does not become zero."""
+    for kind in (Stiefel, *KINDS):
+        m: Any = kind()
+        x = m.random_point(*kind.fits((2, 5, 3)), dtype=torch.float64)
+        u = m.random_tangent(x)
+        u[0] = 0
+        u.requires_grad_()
+        m.norm(x, u).sum().backward()
+        assert torch.equal(u.grad[0], torch.zeros_like(x[0]))
+        other = u.detach().clone().requires_grad_()
+        m.inner(x, other, other)[1].sqrt().backward()
+        torch.testing.assert_close(u.grad[1], other.grad[1], rtol=0, atol=1e-14)
+        assert m.norm(x, x * math.nan).isnan().all()
+    for fixed in (FixedRank(), FixedRankPair()):
+        point: Any = fixed.random_point(2, 5, 4, rank=2)
+        zero = type(point)(*(torch.zeros_like(t).requires_grad_() for t in point))
+        fixed.norm(point, zero).sum().backward()
+        assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in zero)
 
 
 def test_options() -> None:

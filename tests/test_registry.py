@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +15,11 @@ import torch
 from torch import Tensor
 
 from stiefelopt import (
+    Grassmann,
+    Oblique,
     RiemannianWrapper,
+    SpecialOrthogonal,
+    Sphere,
     Stiefel,
     manifolds,
     metrics,
@@ -268,6 +275,46 @@ def test_a_plain_function_is_live_but_not_saved() -> None:
     assert hash(m) == hash(Stiefel(retraction=householder))
     with pytest.raises(ConfigError, match=r"@stiefelopt\.retractions\.register"):
         m.spec()
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize("kind", [Stiefel, Grassmann, SpecialOrthogonal, Sphere, Oblique])
+def test_a_registered_part_is_its_name(kind: Any) -> None:
+    own = retractions.register("mine", form="ambient")(plain)
+    for name in retractions.names():
+        m = kind(retraction=retractions.get(name))
+        assert m == kind(retraction=name)
+        assert m.spec()["retraction"] == name
+    changed = replace(own, radius=0.5)  # the name does not mean this one
+    with pytest.raises(ConfigError, match="register"):
+        kind(retraction=changed).spec()
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_retractions_are_pickled() -> None:
+    """By name where that means the very part; by what they hold where not."""
+    retractions.register("mine", form="ambient")(plain)
+    for name in retractions.names():
+        part = retractions.get(name)
+        assert pickle.loads(pickle.dumps(part)) is part
+        assert deepcopy(part) is part
+    changed = replace(retractions.get("mine"), radius=0.5)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        back = pickle.loads(pickle.dumps(changed, protocol))
+        assert back == changed
+        assert back is not changed
+
+
+def test_a_retraction_that_cannot_be_hashed_is_refused() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: Tensor, u: Tensor) -> Tensor:
+            return plain(x, u)
+
+    for kind in (Stiefel, Grassmann, SpecialOrthogonal, Sphere, Oblique):
+        with pytest.raises(ConfigError, match=rf"{kind.__name__}\(retraction=.*cannot be hashed.*__hash__"):
+            kind(retraction=Unhashable())
 
 
 def test_the_state_of_a_wrapper_with_a_plain_function_is_refused() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, keep_where, scale_displacements, subtract_points, zero_matrices
+from ..matfun import safe_root
 from ..rank_pairs import (
     Frame,
     Overlap,
@@ -196,7 +197,7 @@ class FixedRankPair(Manifold):
 
     def norm(self, x: AB, u: AB) -> Tensor:
         """Norm of a tangent vector, the Frobenius norm of the dense matrix, (*b,)."""
-        return self.inner(x, u, u).sqrt()
+        return safe_root(self.inner(x, u, u))
 
     # Motion
 

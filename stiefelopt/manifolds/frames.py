@@ -15,9 +15,9 @@ from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, identity_like, split, squared_norm, unmoved_matrices
-from ..matfun import inverse_symmetric_root
+from ..matfun import inverse_symmetric_root, safe_root
 from ..retractions import OpenSum, normalize
-from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
+from ..shapes import as_sizes, as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
 from .base import Carrier, Manifold
 
 
@@ -188,7 +188,7 @@ class Frames(Manifold):
 
     def norm(self, x: Tensor, u: Tensor) -> Tensor:
         """Norm of a tangent vector in the metric, (*b,)."""
-        return self.inner(x, u, u).clamp_min(0).sqrt()
+        return safe_root(self.inner(x, u, u))
 
     # Motion
 
@@ -336,15 +336,10 @@ def _projected(xs: Tall, ms: Tall, normal: Tensor, scales: Sequence[float]) -> l
 
 
 def as_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
-    """(n, p) or ((n, p),), as in torch.randn."""
-    if len(shape) == 1 and not isinstance(shape[0], int):
-        shape = tuple(shape[0])
-    if len(shape) >= 2 and not (shape[-2] >= shape[-1] >= 1 and min(shape) >= 0):
+    """(n, p) or ((n, p),), as in torch.randn, with n >= p >= 1."""
+    found = as_sizes(shape, "(*b, n, p) with n >= p >= 1, for example (64, 8)")
+    if not found[-2] >= found[-1] >= 1:
         raise ShapeError(
-            f"the shape {tuple(shape)} is not (*b, n, p) with n >= p >= 1; swap the last two of a wide one."
+            f"the shape {found} is not (*b, n, p) with n >= p >= 1; swap the last two of a wide one."
         )
-    if len(shape) < 2:
-        raise ShapeError(
-            f"the shape {shape} has fewer than two dimensions; give (*b, n, p), for example (64, 8)."
-        )
-    return shape
+    return found

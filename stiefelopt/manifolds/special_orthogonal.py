@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import metrics, projections
 from ..errors import NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
-from ..shapes import on_stacks
+from ..shapes import check_matrix, on_stacks
 from ..svd_factor import rotation_factor, turned
 from .base import register
 from .frames import Frames, as_shape
@@ -44,7 +44,35 @@ class SpecialOrthogonal(OneMetric, Frames):
         return projections.tangent
 
     def _dim(self, n: int, p: int) -> int:
+        _check_square((n, p))
         return n * (n - 1) // 2
+
+    def residual(self, x: Tensor) -> Tensor:
+        """max |x^T x - I| of every matrix, (*b,), in the compute dtype.
+
+        Raises:
+            ShapeError: not square.
+        """
+        _check_square(check_matrix("x", x).shape)
+        return super().residual(x)
+
+    def retract(self, x: Tensor, u: Tensor) -> Tensor:
+        """The point y = R(x, u) for a tangent u; R(x, 0) is x bit for bit.
+
+        Raises:
+            ShapeError: not square. StepError: u is too long to be retracted.
+        """
+        _check_square(check_matrix("x", x).shape)
+        return super().retract(x, u)
+
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """x expm(x^T u).
+
+        Raises:
+            ShapeError: not square.
+        """
+        _check_square(check_matrix("x", x).shape)
+        return super().exp(x, u)
 
     @full_precision
     def check(self, x: Tensor) -> None:
@@ -54,7 +82,6 @@ class SpecialOrthogonal(OneMetric, Frames):
             ShapeError: not square. NotOnManifoldError: not orthogonal, or a reflection.
         """
         super().check(x)
-        _check_square(x.shape)
         if x.numel() and not bool((torch.linalg.det(x.detach().double()) > 0).all()):
             raise NotOnManifoldError(
                 "x has determinant -1, and no step leads from a reflection to a rotation: use project_point(x), or "
