@@ -240,23 +240,28 @@ def stepped(m: FixedRank, case: RankCase, x: USV, u: USV) -> USV | None:
 
 def drawn(m: Any, case: RankCase) -> Any:
     """A random point, the same from equal generators and in the dtype asked for."""
-    x, again = (
+    x, again, other = (
         m.random_point(
             *case.dense_shape,
             rank=case.sizes[-1],
             dtype=case.dtype,
-            generator=torch.Generator().manual_seed(case.seed),
+            generator=torch.Generator().manual_seed(seed),
         )
-        for _ in range(2)
+        for seed in (case.seed, case.seed, case.seed + 1)
     )
     holds("equal generators draw equal points", equal(x, again))
+    if matrix_of(x).numel():
+        holds("other seeds draw other points", not equal(x, other))
     holds("random_point has the dtype asked for", {t.dtype for t in x} == {case.dtype})
     return x
 
 
 def draws_unit_tangents(m: Any, case: RankCase, x: Any) -> None:
-    """A random tangent vector is one, of unit norm."""
-    u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
+    """A random tangent vector is one, of unit norm, and its generator's."""
+    u, again, other = (m.random_tangent(x, torch.Generator().manual_seed(case.seed + k)) for k in (1, 1, 2))
+    holds("equal generators draw equal tangent vectors", equal(u, again))
+    if matrix_of(x).numel() and max(case.sizes) > 1:  # a 1 x 1 matrix has two of unit norm
+        holds("other seeds draw other tangent vectors", not equal(u, other))
     at_most("random_tangent is tangent", normal_part(x, u), case.tolerance())
     at_most("random_tangent has unit norm", matrix_norms(tangent_matrix(x, u)) - 1, case.tolerance())
 
@@ -353,7 +358,9 @@ def law_rank_project_tangent(m: FixedRank, case: RankCase) -> None:
     single = replace(case, shape=case.sizes).point()
     one = type(x)(*(t.expand(len(basis), -1, -1) for t in single))
     rank = (m.embed(one, m.project_dense(one, basis)) * basis).sum()
-    at_most("its rank is the dimension", rank - m.dim(rows, columns, rank=r), case.tolerance(rows * columns))
+    one_dim = m.dim(rows, columns, rank=r)
+    at_most("its rank is the dimension", rank - one_dim, case.tolerance(rows * columns))
+    holds("dim counts a batch's points", m.dim(3, rows, columns, rank=r) == 3 * one_dim)
 
 
 @law

@@ -209,8 +209,11 @@ def _rotation(a: Tensor) -> Tensor:
 @law
 def law_membership(m: Stiefel, case: Case) -> None:
     """``residual`` tells points from others, ``check`` acts on it, ``random_point`` and ``random_tangent`` fit."""
-    x = m.random_point(*case.shape, dtype=case.dtype, generator=torch.Generator().manual_seed(case.seed))
-    again = m.random_point(*case.shape, dtype=case.dtype, generator=torch.Generator().manual_seed(case.seed))
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(case.seed + seed)
+
+    x, again, other = (m.random_point(*case.shape, dtype=case.dtype, generator=seeded(k)) for k in (0, 0, 2))
     holds("equal generators draw equal points", torch.equal(x, again))
     holds("random_point has the shape and dtype asked for", (x.shape, x.dtype) == (case.shape, case.dtype))
     at_most("random_point lies on the manifold", _residual(x), case.tolerance())
@@ -221,10 +224,16 @@ def law_membership(m: Stiefel, case: Case) -> None:
         m.residual(z).double() - _residual(z).abs().amax((-2, -1)),
         case.tolerance(4 * (1 + case.scale) ** 2),
     )
-    u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
+    u, again, v = (m.random_tangent(x, seeded(k)) for k in (1, 1, 2))
     at_most("random_tangent is tangent", _normal_part(x, u), case.tolerance())
+    holds("equal generators draw equal tangent vectors", torch.equal(u, again))
     if m.dim(*case.shape) > 0:
         at_most("random_tangent has unit norm", m.norm(x, u) - 1, case.tolerance())
+        holds("other seeds draw other points", not torch.equal(x, other))
+    n, p = case.shape[-2:]
+    if x.numel() and m.dim(n, p) > 1:  # along a curve there are two of unit norm
+        holds("other seeds draw other tangent vectors", not torch.equal(u, v))
+    holds("dim counts a batch's points", m.dim(3, n, p) == 3 * m.dim(n, p))
     for wrong in (2 * x, x * math.nan) if x.numel() else ():
         try:
             m.check(wrong)

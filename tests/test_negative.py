@@ -89,6 +89,32 @@ def random_points_that_ignore_the_generator() -> Stiefel:
     return broken(random_point=random_point)
 
 
+@breaks(testing.law_membership, "other seeds draw other points")
+def random_points_that_are_always_the_same() -> Stiefel:
+    def random_point(self: Stiefel, *shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        return torch.eye(*shape[-2:], dtype=dtype).expand(shape).clone()
+
+    return broken(random_point=random_point)
+
+
+@breaks(testing.law_membership, "equal generators draw equal tangent vectors")
+def random_tangents_that_ignore_the_generator() -> Stiefel:
+    return broken(random_tangent=lambda self, x, generator: Stiefel().random_tangent(x))
+
+
+@breaks(testing.law_membership, "other seeds draw other tangent vectors")
+def random_tangents_that_are_always_the_same() -> Stiefel:
+    def random_tangent(self: Stiefel, x: Tensor, generator: torch.Generator) -> Tensor:
+        return Stiefel().random_tangent(x, torch.Generator().manual_seed(0))
+
+    return broken(random_tangent=random_tangent)
+
+
+@breaks(testing.law_membership, "dim counts a batch's points")
+def dimension_of_one_point() -> Stiefel:
+    return broken(dim=lambda self, *shape: Stiefel().dim(*shape[-2:]))
+
+
 @breaks(testing.law_membership, "random_tangent has unit norm")
 def random_tangent_of_unit_norm_in_another_metric() -> Stiefel:
     return broken(random_tangent=lambda self, x, g: Stiefel("euclidean").random_tangent(x, g))

@@ -111,6 +111,34 @@ def dimension_of_the_parameters() -> FixedRank:
     return broken(dim=lambda self, m, n, rank: (m + n + rank) * rank)
 
 
+@breaks(rank_laws.law_rank_project_tangent, "dim counts a batch's points")
+def dimension_of_one_point() -> FixedRank:
+    return broken(dim=lambda self, *shape, rank: good.dim(*shape[-2:], rank=rank))
+
+
+@breaks(rank_laws.law_rank_membership, "other seeds draw other points")
+def random_point_that_is_always_the_same() -> FixedRank:
+    def random_point(
+        self: FixedRank, *shape: int, rank: int, dtype: Any = None, generator: Any = None
+    ) -> USV:
+        return good.random_point(*shape, rank=rank, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+    return broken(random_point=random_point)
+
+
+@breaks(rank_laws.law_rank_membership, "equal generators draw equal tangent vectors")
+def random_tangent_without_its_generator() -> FixedRank:
+    return broken(random_tangent=lambda self, x, generator=None: good.random_tangent(x))
+
+
+@breaks(rank_laws.law_rank_membership, "other seeds draw other tangent vectors")
+def random_tangent_that_is_always_the_same() -> FixedRank:
+    def random_tangent(self: FixedRank, x: USV, generator: Any = None) -> USV:
+        return good.random_tangent(x, torch.Generator().manual_seed(0))
+
+    return broken(random_tangent=random_tangent)
+
+
 @breaks(rank_laws.law_rank_dense, "to_dense")
 def dense_of_a_transposed_s() -> FixedRank:
     return broken(to_dense=lambda self, x: x.U @ x.S.mT @ x.V.mT)
