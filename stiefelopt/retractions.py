@@ -169,6 +169,9 @@ class Retraction:
             us: stacks of tangent displacements.
             zero: mask of the zero displacements, as from `zero_matrices`.
             reduce: sums a batch over ranks.
+
+        Raises:
+            StepError: a displacement is beyond the radius or not finite, or the function returned no such stacks.
         """
         if self.form == "normalizer":
             zs = [x + u for x, u in zip(xs, us, strict=True)]

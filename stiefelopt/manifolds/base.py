@@ -62,9 +62,9 @@ def carrier_from(
 class Manifold:
     """Base of the manifolds. A subclass is a frozen dataclass whose fields are strings and numbers.
 
-    A manifold of one's own needs ``residual``, ``gradient``, ``project_tangent``, ``retract`` and, where it has the
-    option ``transport`` and that is not "none", ``transport_vector``, all of them batched: the optimizer's step is made
-    of these, neither fused nor sharded.
+    A manifold of one's own needs the methods that all others have (API: check, residual, gradient, project_tangent,
+    retract, ...), batched. The optimizer's step is then made of gradient, project_tangent and retract, and of
+    transport_vector where it has an option ``transport`` that is not "none": neither fused nor sharded.
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
