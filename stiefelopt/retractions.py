@@ -138,17 +138,16 @@ class Retraction:
             )
         if self.form == "gram":
             a, b = check_count("retraction", self.name, self.function(w, q), ("a", "b"))
-            # What does not depend on u may be one matrix for the batch, as I is.
-            a, b = (
-                t.expand_as(w) if isinstance(t, Tensor) and t.shape == w.shape[-2:] else t for t in (a, b)
-            )
-            called = "it maps w = x^T u and q = u^T u, (B, p, p), to a and b"
-            return (
-                check_returned("retraction", self.name, a, w.shape, called),
-                check_returned("retraction", self.name, b, w.shape, called),
-            )
+            return self._matrix(a, w), self._matrix(b, w)
         t = self.increment(identity_like(w) + w + w.mT + q) + identity_like(w)
         return t, t
+
+    def _matrix(self, found: object, w: Tensor) -> Tensor:
+        """A coefficient; what does not depend on u may be one matrix for the batch, as I is."""
+        if isinstance(found, Tensor) and found.ndim == 2 and found.shape == w.shape[-2:]:
+            return found.expand_as(w)
+        called = "it maps w = x^T u and q = u^T u, (B, p, p), to a and b"
+        return check_returned("retraction", self.name, found, w.shape, called)
 
     def increment(self, g: Tensor) -> Tensor:
         """The small part of a normalizer, t - I of g, which it may overwrite.
@@ -234,8 +233,10 @@ def _is_finite(y: Tensor) -> bool:
 
 def _looks_orthonormal(y: Tensor) -> bool:
     """Whether the sum of the columns of every y is about as long as that of orthonormal ones, p^(1/2)."""
-    lengths = torch.linalg.vector_norm(y.sum(-1), dim=-1)
-    return bool(((lengths / y.shape[-1] ** 0.5 - 1).abs() < OFF).all())
+    if y.numel() == 0:
+        return True
+    lengths, root = torch.linalg.vector_norm(y.sum(-1), dim=-1), y.shape[-1] ** 0.5
+    return (lengths - root).abs().amax().item() < OFF * root
 
 
 # The two summands of a result, for whoever writes it out to add on the way; None where it is whole already.

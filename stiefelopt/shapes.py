@@ -112,9 +112,9 @@ def check_count(family: str, name: str, found: object, parts: Sequence[str]) -> 
     Raises:
         StepError: it is something else.
     """
-    if isinstance(found, Sequence) and len(found) == len(parts):
+    if isinstance(found, (tuple, list)) and len(found) == len(parts):
         return found
-    given = f"{len(found)} results" if isinstance(found, Sequence) else type(found).__name__
+    given = f"{len(found)} results" if isinstance(found, (tuple, list)) else type(found).__name__
     raise StepError(f"{family} {name!r} returned {given}, and {len(parts)} are needed: {', '.join(parts)}.")
 
 
