@@ -23,8 +23,8 @@ from .transforms import host_can_look
 
 # Sweeps after which what has not converged goes to LAPACK, at the price of about five.
 SWEEPS = 16
-# Relative change of p in the last sweep, of which p and q err by a fraction: at least this, or this share of the eps
-# asked for.
+# Relative change of p and of q in the last sweep, of which they err by a fraction: at least this, or this share of the
+# eps asked for.
 CONVERGED, SHARE = 1e-12, 2**-6
 # From here on oneMKL's batched LU fails with more than one thread; large cores are LAPACK's.
 LARGEST = 128
@@ -98,18 +98,26 @@ def _by_products(c: Tensor, hu: Tensor, hv: Tensor, goal: float) -> tuple[Coeffi
 
 
 def _subspaces(c: Tensor, hu: Tensor, hv: Tensor, goal: float) -> tuple[Tensor, Tensor, Tensor]:
-    """p, q and the relative change (B,) of p in the last sweep; both inverses by one Newton step a sweep."""
+    """p, q and the larger relative change (B,) of the two in the last sweep; both inverses by one Newton step a sweep.
+
+    Neither vouches for the other: where Vp vanishes p is c^(-1) from the start, while q is still on its way from there,
+    or away.
+    """
     p = torch.linalg.inv_ex(c)[0]
     ct, q, change = c.mT.contiguous(), p.mT, torch.zeros_like(c[:, 0, 0])
     for sweep in range(SWEEPS):
-        before = p
+        before = p, q
         p = torch.baddbmm(p, p @ torch.baddbmm(c, hv, q), p, beta=2, alpha=-1)
         q = torch.baddbmm(q, q @ torch.baddbmm(ct, hu, p), q, beta=2, alpha=-1)
         if sweep % 2:  # a look costs a third of a sweep
-            change = torch.linalg.matrix_norm(p - before) / torch.linalg.matrix_norm(p)
+            change = torch.maximum(_relative_change(before[0], p), _relative_change(before[1], q))
             if bool((change <= goal).all()):
                 break
     return p, q, change
+
+
+def _relative_change(old: Tensor, new: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(new - old) / torch.linalg.matrix_norm(new)
 
 
 def _is_dominant(p: Tensor, hu: Tensor, hv: Tensor, gv: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ def mix(*terms: tuple[Tall, Tensor], start: Tall | None = None, out: Tall | None
     Args:
         terms: stacks (b, n, p) with their factors (B, p, p); two or more.
         start: stacks that the sum begins with.
-        out: stacks to write to; they may be the start or those of any term but the last.
+        out: stacks to write to; they may be the start or those of any term but the last. Without them every term takes
+            new memory, which derivatives need.
 
     Cost: 2 n p^2 flops per matrix and term.
     """
@@ -155,9 +156,8 @@ def mix(*terms: tuple[Tall, Tensor], start: Tall | None = None, out: Tall | None
     for k, x in enumerate(first):
         total = torch.bmm(x, s[k]) if start is None else torch.baddbmm(start[k], x, s[k])
         for xs, pieces in middle:
-            total.baddbmm_(xs[k], pieces[k])
-        y = total if out is None else out[k]
-        sums.append(torch.baddbmm(total, last[k], t[k], out=y))
+            total = torch.baddbmm(total, xs[k], pieces[k], out=None if out is None else total)
+        sums.append(torch.baddbmm(total, last[k], t[k], out=None if out is None else out[k]))
     return sums
 
 

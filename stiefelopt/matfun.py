@@ -99,9 +99,13 @@ def _scaled_newton_schulz(g: Tensor, steps: int | None) -> Tensor:
 def _scale_and_steps(g: Tensor, steps: int | None) -> tuple[Tensor | None, int]:
     """What g is divided by (None: nothing) for Newton-Schulz to converge, and in how many iterations it does."""
     e = distance_from_identity(g)
+    if e is not None and 0.5 <= e < math.inf:
+        e = min(e, spectral_bound(g.detach() - identity_like(g)).amax().item())
     if e is not None and e < 0.5:
         return None, _iterations(e, g) if steps is None else steps
     scale = norm_bound(g.detach())[..., None, None].clamp_min(torch.finfo(g.dtype).tiny)
+    if e is not None and e < math.inf:
+        scale = scale.clamp_max(1 + e)
     if steps is None:
         steps = BLIND_ITERATIONS if e is None else 1
         if e is not None and e < float("inf"):
@@ -192,5 +196,10 @@ def expm(a: Tensor) -> Tensor:
 
 def norm(a: Tensor) -> Tensor:
     """Frobenius norm as (*b, 1, 1), without a NaN derivative at zero."""
-    square = a.square().sum((-2, -1), keepdim=True)
-    return torch.where(square > 0, square, torch.ones_like(square)).sqrt() * (square > 0)
+    return safe_root(a.square().sum((-2, -1), keepdim=True))
+
+
+def safe_root(square: Tensor) -> Tensor:
+    """square^(1/2), zero where it is not positive, without a NaN derivative there; NaN stays NaN."""
+    nothing = square <= 0
+    return square.masked_fill(nothing, 1).sqrt().masked_fill(nothing, 0)

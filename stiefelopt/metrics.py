@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .gram import Reduce, Tall, combine, gram, sym
 from .registry import Registry
-from .shapes import on_stacks
+from .shapes import check_returned, on_stacks
 
 InnerProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,20 +45,34 @@ class Metric:
             reduce: sums a batch over ranks.
             out: stacks to write the gradients to.
             small: (B, p, p) to write k to.
+
+        Raises:
+            StepError: the normal part has another shape.
         """
         k = gram(xs, gs, reduce, out=small)
-        return combine(gs, xs, self.normal(k), alpha=-1.0, out=out), k
+        m = check_returned("metric", self.name, self.normal(k), k.shape, "it maps k = x^T g, (B, p, p), to m")
+        return combine(gs, xs, m, alpha=-1.0, out=out), k
 
     def inner(self, xs: Tall, us: Tall, vs: Tall, reduce: Reduce | None = None) -> Tensor:
-        """<u, v>_x for every matrix of the stacks, (B,)."""
-        return self.product(gram(us, vs, reduce), gram(xs, us, reduce), gram(xs, vs, reduce))
+        """<u, v>_x for every matrix of the stacks, (B,).
+
+        Raises:
+            StepError: the inner product has another shape.
+        """
+        q = gram(us, vs, reduce)
+        found = self.product(q, gram(xs, us, reduce), gram(xs, vs, reduce))
+        return check_returned(
+            "metric", self.name, found, q.shape[:1], "its inner product maps (B, p, p) to (B,)"
+        )
 
 
 _registry: Registry[Metric] = Registry("metric")
 names, get = _registry.names, _registry.get
 
 
-def register(name: str, *, inner: InnerProduct) -> Callable[[Callable[[Tensor], Tensor]], Metric]:
+def register(
+    name: str, *, inner: InnerProduct | None = None
+) -> Callable[[Callable[[Tensor], Tensor]], Metric]:
     """Decorator that adds a metric from the normal part of its gradient.
 
     Args:
@@ -66,7 +80,11 @@ def register(name: str, *, inner: InnerProduct) -> Callable[[Callable[[Tensor], 
         inner: ``inner(q, wu, wv) -> (*b,)`` with q = u^T v, wu = x^T u, wv = x^T v.
 
     The decorated function maps k = x^T g to m, and the gradient is g - x m.
+
+    Raises:
+        ConfigError: not a name, or one that is taken; no inner product.
     """
+    _registry.check_name(name)
     if not callable(inner):
         raise ConfigError(f"metric {name!r} needs inner=, a function (q, wu, wv) -> (*b,); got {inner!r}.")
 

@@ -27,6 +27,7 @@ from .rank_laws import (
     law_rank_gradient,
     law_rank_huge,
     law_rank_metric,
+    law_rank_nearest,
     law_rank_order,
     law_rank_project_point,
     law_rank_project_tangent,
@@ -59,6 +60,11 @@ class PairCase(RankCase):
         x = RankCase(self.shape, torch.float64, self.scale, self.seed).point(key)
         t = self.mixing(key + 70)
         return cast(AB(torch.linalg.solve(t, x.V.mT), x.U @ x.S @ t), self.dtype)
+
+    def weak_point(self) -> AB:  # type: ignore[override]
+        """A point whose W has a condition number of about 1e3."""
+        x = self.point()
+        return x._replace(B=(x.B.double() @ self.weak()).to(self.dtype))
 
     def ambient(self, key: int = 10) -> AB:  # type: ignore[override]
         """Coordinates (Y^T, X), not tangent, of norm ``scale`` together."""
@@ -222,6 +228,7 @@ PAIR_LAWS: tuple[Law, ...] = (
     law_rank_transport,
     law_rank_spec,
     law_rank_retraction,
+    law_rank_nearest,
     law_rank_zero_step,
     law_rank_order,
     law_rank_huge,

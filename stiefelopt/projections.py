@@ -11,9 +11,11 @@ from torch import Tensor
 from .errors import ConfigError, NotOnManifoldError
 from .gram import Reduce, Tall, combine, gram, sym
 from .registry import Registry
-from .shapes import check_matrix, on_stacks
+from .shapes import check_matrix, check_returned, on_stacks
 from .svd_factor import svd_factor
 from .transforms import under_transform
+
+GRAM, AMBIENT = "it maps w = x^T z, (B, p, p), to s", "it is called with stacks x and z, (B, n, p)"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,18 @@ class Projection:
         reduce: Reduce | None = None,
         out: Tall | None = None,
     ) -> list[Tensor]:
-        """The projection on stacks; w = x^T z where it is at hand already."""
+        """The projection on stacks; w = x^T z where it is at hand already.
+
+        Raises:
+            StepError: the function returned another shape.
+        """
         if self.form == "ambient":
-            return [self.function(x, z) for x, z in zip(xs, zs, strict=True)]
+            return [self._returned(self.function(x, z), x, AMBIENT) for x, z in zip(xs, zs, strict=True)]
         w = gram(xs, zs, reduce) if w is None else w
-        return combine(zs, xs, self.function(w), alpha=-1.0, out=out)
+        return combine(zs, xs, self._returned(self.function(w), w, GRAM), alpha=-1.0, out=out)
+
+    def _returned(self, found: object, like: Tensor, called: str) -> Tensor:
+        return check_returned("projection", self.name, found, like.shape, called)
 
 
 _registry: Registry[Projection] = Registry("projection", words=("none",))
@@ -57,7 +66,11 @@ def register(name: str, *, form: str = "gram") -> Callable[[Callable[..., Tensor
     Args:
         name: the word that ``Stiefel(projection=...)`` will accept.
         form: "gram": ``f(w) -> s`` with w = x^T z, and the result is z - x s; "ambient": ``f(x, z) -> u``.
+
+    Raises:
+        ConfigError: not a name, or one that is taken; another form.
     """
+    _registry.check_name(name)
     if form not in ("gram", "ambient"):
         raise ConfigError(
             f"projection {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, z) -> u)."
@@ -84,9 +97,19 @@ def polar_factor(z: Tensor) -> Tensor:
     Cost: one batched thin SVD, about 6 n p^2 flops at LAPACK speed. Accuracy: a few eps.
     Reference: Higham, Functions of Matrices (2008), theorem 8.4.
     """
+    check_finite(z)
+    return on_stacks(svd_factor, z=z)
+
+
+def check_finite(z: Tensor) -> None:
+    """Refuse what no orthonormal matrix is nearest to.
+
+    Raises:
+        ShapeError: not a tall real matrix.
+        NotOnManifoldError: not finite.
+    """
     check_matrix("z", z)
     if not under_transform() and not bool(torch.isfinite(z).all()):
         raise NotOnManifoldError(
             "z holds NaN or Inf, and no orthonormal matrix is nearest to it; look where it was made."
         )
-    return on_stacks(svd_factor, z=z)

@@ -102,6 +102,15 @@ class RankCase:
         values = 1 + 0.5 * torch.tanh(self.normal(key + 4, r))
         return cast(USV(u, a * values[..., None, :] @ b, v), self.dtype)
 
+    def weak(self) -> Tensor:
+        """r x r, diagonal from 1 down to 1e-3: what makes a well-conditioned point an ill-conditioned one."""
+        return torch.diag(torch.logspace(0, -3, self.sizes[-1], dtype=torch.float64))
+
+    def weak_point(self) -> USV:
+        """A point whose W has a condition number of about 1e3."""
+        x = self.point()
+        return x._replace(S=(x.S.double() @ self.weak()).to(self.dtype))
+
     def ambient(self, key: int = 10) -> USV:
         """Coordinates (dU, M, dV), not tangent, of norm ``scale`` together."""
         m, n, r = self.sizes
@@ -231,23 +240,28 @@ def stepped(m: FixedRank, case: RankCase, x: USV, u: USV) -> USV | None:
 
 def drawn(m: Any, case: RankCase) -> Any:
     """A random point, the same from equal generators and in the dtype asked for."""
-    x, again = (
+    x, again, other = (
         m.random_point(
             *case.dense_shape,
             rank=case.sizes[-1],
             dtype=case.dtype,
-            generator=torch.Generator().manual_seed(case.seed),
+            generator=torch.Generator().manual_seed(seed),
         )
-        for _ in range(2)
+        for seed in (case.seed, case.seed, case.seed + 1)
     )
     holds("equal generators draw equal points", equal(x, again))
+    if matrix_of(x).numel():
+        holds("other seeds draw other points", not equal(x, other))
     holds("random_point has the dtype asked for", {t.dtype for t in x} == {case.dtype})
     return x
 
 
 def draws_unit_tangents(m: Any, case: RankCase, x: Any) -> None:
-    """A random tangent vector is one, of unit norm."""
-    u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
+    """A random tangent vector is one, of unit norm, and its generator's."""
+    u, again, other = (m.random_tangent(x, torch.Generator().manual_seed(case.seed + k)) for k in (1, 1, 2))
+    holds("equal generators draw equal tangent vectors", equal(u, again))
+    if matrix_of(x).numel() and max(case.sizes) > 1:  # a 1 x 1 matrix has two of unit norm
+        holds("other seeds draw other tangent vectors", not equal(u, other))
     at_most("random_tangent is tangent", normal_part(x, u), case.tolerance())
     at_most("random_tangent has unit norm", matrix_norms(tangent_matrix(x, u)) - 1, case.tolerance())
 
@@ -344,7 +358,9 @@ def law_rank_project_tangent(m: FixedRank, case: RankCase) -> None:
     single = replace(case, shape=case.sizes).point()
     one = type(x)(*(t.expand(len(basis), -1, -1) for t in single))
     rank = (m.embed(one, m.project_dense(one, basis)) * basis).sum()
-    at_most("its rank is the dimension", rank - m.dim(rows, columns, rank=r), case.tolerance(rows * columns))
+    one_dim = m.dim(rows, columns, rank=r)
+    at_most("its rank is the dimension", rank - one_dim, case.tolerance(rows * columns))
+    holds("dim counts a batch's points", m.dim(3, rows, columns, rank=r) == 3 * one_dim)
 
 
 @law
@@ -471,6 +487,30 @@ def law_rank_retraction(m: FixedRank, case: RankCase) -> None:
             error = matrix_norms(matrix_of(y) - matrix_of(x) - tangent_matrix(x, u))
             bound = 4 * case.scale**2 + case.tolerance(4)
             at_most(f"R(x, u) = W + u + O(u^2) ({name})", error, bound)
+
+
+@law
+def law_rank_nearest(m: FixedRank, case: RankCase) -> None:
+    """Where the retraction is the metric projection, R(x, u) is the matrix of rank r nearest to W + u.
+
+    Tried with W of condition 1e3 and with steps that all but move one side alone, short and long beside its singular
+    values.
+    """
+    if getattr(m, "retraction", "svd") != "svd":
+        return
+    x, r = case.weak_point(), case.sizes[-1]
+    u = case.tangent(x)
+    for part in (x._fields[0], x._fields[-1]):
+        for tiny in (1.0, 1e-6, 1e-10, 1e-14, 0.0):
+            step = u._replace(**{part: tiny * getattr(u, part)})
+            y = stepped(m, case, x, step)
+            if y is None:
+                continue
+            goal = matrix_of(x) + tangent_matrix(x, step)
+            best = torch.linalg.svdvals(goal)[..., r:].square().sum(-1).sqrt()
+            distance = matrix_norms(goal - matrix_of(y))[..., 0, 0]
+            bound = case.tolerance(20 * (1 + case.scale))
+            at_most(f"the nearest matrix of rank r (u.{part} times {tiny:g})", distance - best, bound)
 
 
 @law
@@ -757,6 +797,7 @@ RANK_MANIFOLD_LAWS: tuple[Law, ...] = (
 )
 RANK_RETRACTION_LAWS: tuple[Law, ...] = (
     law_rank_retraction,
+    law_rank_nearest,
     law_rank_gauge,
     law_rank_zero_step,
     law_rank_order,

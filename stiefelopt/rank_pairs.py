@@ -26,7 +26,7 @@ from .core_svd import truncated
 from .errors import StepError
 from .gram import Reduce, Tall, combine, gram, identity_like, products
 from .matfun import Eigen, inverse_symmetric_root, symmetric_root
-from .transforms import host_can_look
+from .transforms import host_can_look, is_differentiated, under_transform
 
 # A singular value counts from this part of the largest on; of a Gram, the square of it.
 RANK_EPS = torch.finfo(torch.float32).eps
@@ -130,6 +130,12 @@ def plus(zs: Tall, xs: Tall, t: Tensor, *, alpha: float = 1.0, out: Tall | None 
     return combine(zs, xs, t.to(xs[0].dtype), alpha=alpha, out=out)
 
 
+def onto(zs: Tall, xs: Tall, t: Tensor, *, alpha: float = 1.0) -> list[Tensor]:
+    """`plus` in the memory of z, which nobody else holds; in new memory where something is derived or mapped."""
+    derived = is_differentiated(zs[0]) or under_transform()
+    return plus(zs, xs, t, alpha=alpha, out=None if derived else zs)
+
+
 def overlap_of(x: Pairs, d: Pairs, reduce: Reduce | None = None) -> Overlap:
     """What `retract` asks of displacements."""
     pairs = ((x.rs, d.rs), (d.rs, d.rs), (x.ls, d.ls), (d.ls, d.ls))
@@ -140,7 +146,7 @@ def tangent(f: Frame, z: Pairs) -> Pairs:
     """The orthogonal projection of coordinates: Y - V V^T Y, where a factor is singular restricted to its range."""
     ys = times(z.rs, f.b.range)
     w = f.right(ys).mT  # V^T Y
-    return Pairs(plus(ys, f.x.rs, f.a.inverse @ w, alpha=-1.0, out=ys), times(z.ls, f.a.range))
+    return Pairs(onto(ys, f.x.rs, f.a.inverse @ w, alpha=-1.0), times(z.ls, f.a.range))
 
 
 def gradient(f: Frame, g: Pairs) -> Pairs:
@@ -154,7 +160,7 @@ def gradient(f: Frame, g: Pairs) -> Pairs:
     half = f.b.damped(_damping(gv - precise_gram(f.x.ls, xs, f.reduce), xs, f.reduce))
     ys = f.b.divide(g.rs, half)
     normal = f.a.inverse @ (gv.mT @ half) @ f.b.eigen[1].mT
-    return Pairs(plus(ys, f.x.rs, normal, alpha=-1.0, out=ys), xs)
+    return Pairs(onto(ys, f.x.rs, normal, alpha=-1.0), xs)
 
 
 def _damping(noise: Tensor, xs: Tall, reduce: Reduce | None) -> Tensor:
@@ -196,9 +202,9 @@ def retract(f: Frame, d: Pairs, overlap: Overlap | None = None, reduce: Reduce |
     h, inverse = _gauge(f, values[..., None] * q)
     eye = identity_like(av)
     rs = plus(f.x.rs, f.x.rs, f.a.inverse @ (av - w @ bv) @ h - eye)
-    rs = plus(rs, d.rs, bv @ h, out=rs)
+    rs = onto(rs, d.rs, bv @ h)
     ls = plus(f.x.ls, f.x.ls, (f.a.root @ av + f.b.inverse @ hy @ bv) @ inverse - eye)
-    return Pairs(rs, plus(ls, d.ls, f.a.range @ av @ inverse, out=ls))
+    return Pairs(rs, onto(ls, d.ls, f.a.range @ av @ inverse))
 
 
 def _parts(f: Frame, overlap: Overlap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,8 +246,8 @@ def spectral(f: Frame, d: Pairs, overlap: Overlap, rate: Tensor) -> Pairs:
     middle, a, b = rank_retractions.spectral(m, hx, hy, torch.finfo(d.ls[0].dtype).eps)
     middle, a, b = (rate[:, None, None] * t for t in (middle, a, b))
     ys, xs = times(d.rs, b), times(d.ls, f.a.range @ a)
-    ys = plus(ys, f.x.rs, f.a.inverse @ w @ b, alpha=-1.0, out=ys)
-    return Pairs(ys, plus(xs, f.x.ls, f.b.inverse @ (middle - m @ a), out=xs))
+    ys = onto(ys, f.x.rs, f.a.inverse @ w @ b, alpha=-1.0)
+    return Pairs(ys, onto(xs, f.x.ls, f.b.inverse @ (middle - m @ a)))
 
 
 @dataclass
@@ -271,9 +277,9 @@ def transported(turn: Turn, v: Pairs) -> Pairs:
     c, a = turn.rows, turn.columns
     yv, xu = y.right(v.rs), y.left(v.ls)
     xs, ys = times(v.ls, c), times(v.rs, a)
-    ys = plus(ys, x.x.rs, x.a.inverse @ xu, out=ys)
-    ys = plus(ys, y.x.rs, y.a.inverse @ (c.mT @ xu + yv.mT @ a), alpha=-1.0, out=ys)
-    return Pairs(ys, plus(xs, x.x.ls, x.b.inverse @ yv, out=xs))
+    ys = onto(ys, x.x.rs, x.a.inverse @ xu)
+    ys = onto(ys, y.x.rs, y.a.inverse @ (c.mT @ xu + yv.mT @ a), alpha=-1.0)
+    return Pairs(ys, onto(xs, x.x.ls, x.b.inverse @ yv))
 
 
 def spread(turn: Turn, v: Pairs) -> Pairs:

@@ -25,6 +25,7 @@ from .gram import Reduce, Tall, gram, grams, identity_like, mix
 from .matfun import distance_from_identity, inverse_sqrt_increment, inverse_symmetric_root
 from .registry import Registry
 from .retractions import close, normalize, polar
+from .shapes import check_count, check_returned
 from .transforms import host_can_look
 
 # Condition number of S + M up to which `orthographic` is right to 1e-5 in float32.
@@ -63,8 +64,15 @@ class RankRetraction:
     iterative: bool = False
 
     def coefficients(self, c: Tensor, hu: Tensor, hv: Tensor, eps: float = 0.0) -> Coefficients:
-        """The small part as it was registered, no gauge fixed: all arguments (*b, r, r)."""
-        return Coefficients(*(self.function(c, hu, hv, eps) if self.iterative else self.function(c, hu, hv)))
+        """The small part as it was registered, no gauge fixed: all arguments (*b, r, r).
+
+        Raises:
+            StepError: it is not five matrices of that shape.
+        """
+        found = self.function(c, hu, hv, eps) if self.iterative else self.function(c, hu, hv)
+        family, called = "fixed-rank retraction", "it maps c, hu and hv, (B, r, r), to au, bu, s, av and bv"
+        parts = check_count(family, self.name, found, Coefficients._fields)
+        return Coefficients(*(check_returned(family, self.name, t, c.shape, called) for t in parts))
 
 
 _registry: Registry[RankRetraction] = Registry("fixed-rank retraction")
@@ -80,7 +88,11 @@ def register(name: str, *, order: int = 1, iterative: bool = False) -> Callable[
         iterative: whether the function takes a fourth argument, the eps of the points' dtype.
 
     The decorated function is ``f(c, hu, hv) -> (au, bu, s, av, bv)``, see the module; it computes in float64.
+
+    Raises:
+        ConfigError: not a name, or one that is taken.
     """
+    _registry.check_name(name)
     return lambda function: _registry.add(name, RankRetraction(name, function, order, iterative))
 
 

@@ -16,10 +16,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import metrics
 from .errors import ConfigError, StepError, UnknownNameError
 from .full_precision import full_precision
 from .gram import (
@@ -48,7 +50,7 @@ from .matfun import (
     spectral_bound,
 )
 from .registry import Registry
-from .shapes import as_stacks
+from .shapes import as_stacks, check_count, check_returned
 from .svd_factor import svd_factor
 from .transforms import host_can_look, is_differentiated, under_transform
 
@@ -59,6 +61,8 @@ NEAR = 0.9
 # ... and from which float32 Grams lose what they must resolve, so that the passes run in float64.
 FAR = 8.0
 PASSES = 6
+# Relative error of a length in a result of somebody's own that is neither rounding nor an approximation's.
+OFF = 0.1
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,15 @@ class Retraction:
     equivariance: str = "both"
     variants: Mapping[str, Callable[..., object]] = field(default_factory=dict, hash=False, repr=False)
     far: Callable[..., object] | None = field(default=None, repr=False)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether its name means this very part."""
+        return self.name in names() and get(self.name) is self
+
+    def __reduce__(self) -> Any:
+        """Pickled by its name where that is enough: the name of its function means the part itself."""
+        return (_by_name, (self.name,)) if self.is_registered else super().__reduce__()
 
     @full_precision
     def __call__(self, x: Tensor, u: Tensor, *, metric: str | None = None) -> Tensor:
@@ -115,15 +128,36 @@ class Retraction:
         return replace(self, function=self.variants[metric])
 
     def coefficients(self, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The small part: a, b with y = x a + u b for orthonormal x, w = x^T u, q = u^T u, all (*b, p, p)."""
+        """The small part: a, b with y = x a + u b for orthonormal x, w = x^T u, q = u^T u, all (*b, p, p).
+
+        Raises:
+            ConfigError: the form is ambient. StepError: the function returned something else.
+        """
         if self.form == "ambient":
             raise ConfigError(
                 f"retraction {self.name!r} has the ambient form: it has no p x p coefficients; call it on (x, u)."
             )
         if self.form == "gram":
-            return self.function(w, q)  # type: ignore[return-value]
-        t = self.function(identity_like(w) + w + w.mT + q) + identity_like(w)  # type: ignore[operator]
+            a, b = check_count("retraction", self.name, self.function(w, q), ("a", "b"))
+            return self._matrix(a, w), self._matrix(b, w)
+        t = self.increment(identity_like(w) + w + w.mT + q) + identity_like(w)
         return t, t
+
+    def _matrix(self, found: object, w: Tensor) -> Tensor:
+        """A coefficient; what does not depend on u may be one matrix for the batch, as I is."""
+        if isinstance(found, Tensor) and found.ndim == 2 and found.shape == w.shape[-2:]:
+            return found.expand_as(w)
+        called = "it maps w = x^T u and q = u^T u, (B, p, p), to a and b"
+        return check_returned("retraction", self.name, found, w.shape, called)
+
+    def increment(self, g: Tensor) -> Tensor:
+        """The small part of a normalizer, t - I of g, which it may overwrite.
+
+        Raises:
+            StepError: it has another shape.
+        """
+        called = "it maps g = (x + u)^T (x + u), (B, p, p), to t - I"
+        return check_returned("retraction", self.name, self.function(g), g.shape, called)
 
     def apply(
         self, xs: Tall, us: Tall, *, zero: Tensor | None = None, reduce: Reduce | None = None
@@ -135,6 +169,9 @@ class Retraction:
             us: stacks of tangent displacements.
             zero: mask of the zero displacements, as from `zero_matrices`.
             reduce: sums a batch over ranks.
+
+        Raises:
+            StepError: a displacement is beyond the radius or not finite, or the function returned no such stacks.
         """
         if self.form == "normalizer":
             zs = [x + u for x, u in zip(xs, us, strict=True)]
@@ -151,20 +188,56 @@ class Retraction:
         ]
         return keep_where(zero, fixed, ys)
 
+    def check_points(self, ys: Tall) -> None:
+        """Refuse results of somebody's own code that are far from orthonormal, before a parameter holds them.
+
+        Raises:
+            StepError: they are, as seen on the CPU.
+
+        Cost: one pass over them, where the form is ambient.
+        """
+        if self.form != "ambient":
+            return
+        for y in ys:
+            if host_can_look(y) and not _looks_orthonormal(y):
+                c = gram([y], [y])
+                off = (c - identity_like(c)).abs().amax().item()
+                raise StepError(
+                    f"retraction {self.name!r} left the manifold, |y^T y - I| = {off:.2g}; it has to return "
+                    f"orthonormal columns, as torch.linalg.qr(x + u)[0] has"
+                )
+
     def _ambient(self, x: Tensor, u: Tensor) -> Tensor:
         """f(x, u), which is somebody's own code."""
-        y = self.function(x, u)
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise StepError(
-                f"retraction {self.name!r} returned {given}, and points {tuple(x.shape)} are needed: it is called with "
-                f"stacks (B, n, p)."
-            )
-        if host_can_look(y) and not bool(torch.isfinite(y).all()):
+        if self.radius < math.inf:
+            z = gram([u], [u])
+            z = z + identity_like(z)
+            _check_radius(self, distance_from_identity(z), z)
+        y = check_returned(
+            "retraction",
+            self.name,
+            self.function(x, u),
+            x.shape,
+            "it is called with stacks x and u, (B, n, p)",
+        )
+        if host_can_look(y) and not _is_finite(y):
             raise StepError(
                 f"retraction {self.name!r} returned NaN or Inf; shorten the step (lower lr, clip the gradient)."
             )
         return y
+
+
+def _is_finite(y: Tensor) -> bool:
+    """Whether every entry is, mostly seen from their sum, a quarter of the price."""
+    return bool(torch.isfinite(y.sum())) or bool(torch.isfinite(y).all())
+
+
+def _looks_orthonormal(y: Tensor) -> bool:
+    """Whether the sum of the columns of every y is about as long as that of orthonormal ones, p^(1/2)."""
+    if y.numel() == 0:
+        return True
+    lengths, root = torch.linalg.vector_norm(y.sum(-1), dim=-1), y.shape[-1] ** 0.5
+    return (lengths - root).abs().amax().item() < OFF * root
 
 
 # The two summands of a result, for whoever writes it out to add on the way; None where it is whole already.
@@ -178,8 +251,9 @@ def close(sums: Sequence[OpenSum]) -> list[Tensor]:
 
 def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> list[Tensor]:
     c, w, q = grams((xs, xs), (xs, us), (us, us), reduce=reduce)
-    far = distance_from_identity(q + identity_like(q))
-    _check_radius(r, far)
+    z = q + identity_like(q)  # the Gram of x + u, for a tangent u
+    far = distance_from_identity(z)
+    _check_radius(r, far, z)
     if far is not None and far > FAR:
         if q.dtype == torch.float32:  # Grams of so long a step are blind to x
             ys = _apply_gram(r, [x.double() for x in xs], [u.double() for u in us], reduce)
@@ -199,12 +273,24 @@ def _apply_gram(r: Retraction, xs: Tall, us: Tall, reduce: Reduce | None) -> lis
     return close(normalize(ys, polar, reduce))
 
 
-def _check_radius(r: Retraction, far: float | None) -> None:
-    """Refuse ||u||_2^2 = far beyond the radius (far is a bound, up to sqrt(p) above the square itself)."""
-    if far is not None and far > r.radius * r.radius:
+def _check_radius(r: Retraction, far: float | None, g: Tensor) -> None:
+    """Refuse ||u||_2 beyond the radius.
+
+    Args:
+        r: the retraction.
+        far: a bound of ||u||_2^2, up to p^(1/2) above it; None where the host must not look.
+        g: the Gram of x + u, I + u^T u, whose eigenvalues are looked at where the bound does not settle it.
+
+    Raises:
+        StepError: it is beyond.
+    """
+    if far is None or not far > r.radius * r.radius:
+        return
+    if far < math.inf:
+        far = (torch.linalg.eigvalsh(g.detach()) - 1).abs().amax().item()
+    if far > r.radius * r.radius:
         raise StepError(
-            f"{r.name} accepts steps up to ||u||_2 = {r.radius:g}, and this one may be as long as "
-            f"{math.sqrt(far):.3g}: "
+            f"{r.name} accepts steps up to ||u||_2 = {r.radius:g}, and this one has {math.sqrt(far):.3g}: "
             f"lower the learning rate or use retraction='polar', which takes any step."
         )
 
@@ -234,13 +320,13 @@ def normalize(
             g = gram(zs, zs, reduce)
         far = measure(g)
         if turn == 0:
-            _check_radius(r, far)
+            _check_radius(r, far, g)
         if far is not None and NEAR < far < math.inf:
             far = min(far, spectral_bound(g.detach() - identity_like(g)).amax().item())
         if far is not None and far > FAR and g.dtype == torch.float32:
             zs = [z.double() for z in zs]
             g = gram(zs, zs, reduce)
-        sums = _products_with(zs, r.function(g))  # type: ignore[arg-type]
+        sums = _products_with(zs, r.increment(g))
         if far is None or far <= NEAR:
             return sums if zs[0].dtype == dtype else [(y.to(dtype), None) for y in close(sums)]
         zs = close(sums)
@@ -270,6 +356,42 @@ def as_part(retraction: str | Retraction | Callable[[Tensor, Tensor], Tensor]) -
     return Retraction("a plain function", "ambient", retraction, {}, equivariance="")
 
 
+def as_option(
+    owner: str, retraction: str | Retraction | Callable[[Tensor, Tensor], Tensor]
+) -> str | Callable[[Tensor, Tensor], Tensor]:
+    """What a manifold keeps as its option ``retraction``: a name where there is one.
+
+    Args:
+        owner: the manifold, for errors.
+        retraction: what it was given.
+
+    Raises:
+        UnknownNameError: a name that is not registered.
+        ConfigError: no function either, or one that cannot be hashed.
+    """
+    if isinstance(retraction, str):
+        get(retraction)
+        return retraction
+    if isinstance(retraction, Retraction) and retraction.is_registered:
+        return retraction.name
+    if not callable(retraction):
+        raise ConfigError(
+            f"{owner}(retraction={retraction!r}): a registered name is needed, one of {names()}, or a function."
+        )
+    try:
+        hash(retraction)
+    except TypeError:
+        raise ConfigError(
+            f"{owner}(retraction={retraction!r}) cannot be hashed, as all options of a manifold are: give its class "
+            f"__hash__, wrap it in a function, or register it and pass the name."
+        ) from None
+    return retraction
+
+
+def _by_name(name: str) -> Retraction:
+    return get(name)
+
+
 def register(
     name: str,
     *,
@@ -289,19 +411,50 @@ def register(
         order: declared order for each metric, for example {"canonical": 1, "euclidean": 2}; default 1.
         radius: largest ||u||_2 it accepts.
         equivariance: "both" or "left".
+
+    Raises:
+        UnknownNameError: the order names a metric that is not registered.
+        ConfigError: not a name, or one that is taken; another form; what is declared cannot be true.
     """
+    _registry.check_name(name)
     if form not in FORMS:
         raise ConfigError(
             f"retraction {name!r} was given form={form!r}; use one of {', '.join(map(repr, FORMS))}."
         )
-    if equivariance not in ("both", "left"):
-        raise ConfigError(
-            f"retraction {name!r} was given equivariance={equivariance!r}; use 'both' or 'left'."
-        )
-    declared = {"euclidean": 1, "canonical": 1} if order is None else dict(order)
+    declared = {"euclidean": 1, "canonical": 1} if order is None else order
+    declared = checked_facts(name, declared, radius, equivariance)
     return lambda function: _registry.add(
         name, Retraction(name, form, function, declared, radius, equivariance)
     )
+
+
+def checked_facts(name: str, order: object, radius: object, equivariance: object) -> dict[str, float]:
+    """The order as a dict, where all that is declared of a retraction can be true.
+
+    Raises:
+        UnknownNameError: the order names a metric that is not registered.
+        ConfigError: the order is no mapping to numbers from 1 on, the radius not positive, the equivariance no word.
+    """
+    given = f"retraction {name!r} was given"
+    if not isinstance(order, Mapping):
+        raise ConfigError(
+            f"{given} order={order!r}; use a mapping from metric to order, such as {{'euclidean': 2}}."
+        )
+    for metric, value in order.items():
+        metrics.get(metric)
+        if not _is_number(value) or not value >= 1:
+            raise ConfigError(
+                f"{given} order {value!r} for the metric {metric!r}; use 1, 2 or math.inf (exact)."
+            )
+    if not _is_number(radius) or not radius > 0:  # type: ignore[operator]
+        raise ConfigError(f"{given} radius={radius!r}; use a positive number, math.inf for none.")
+    if equivariance not in ("both", "left"):
+        raise ConfigError(f"{given} equivariance={equivariance!r}; use 'both' or 'left'.")
+    return dict(order)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @register("polar", form="normalizer", order={"euclidean": 2, "canonical": 1})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ShapeError, StepError
 from .full_precision import full_precision
 
 HALF = (torch.float16, torch.bfloat16)
@@ -28,6 +28,25 @@ def tolerance(dtype: torch.dtype, n: int, p: int) -> float:
     """
     eps = torch.finfo(dtype).eps
     return max(4 * eps / math.sqrt(n), 2 * eps) if dtype in HALF else 10 * eps * math.sqrt(n * p)
+
+
+def as_sizes(shape: tuple[object, ...], form: str) -> tuple[int, ...]:
+    """(n, p) or ((n, p),), as in torch.randn.
+
+    Args:
+        shape: what was given.
+        form: what is needed, with an example.
+
+    Raises:
+        ShapeError: fewer than two dimensions, or a size that is no number from 0 on.
+    """
+    if len(shape) == 1 and isinstance(shape[0], Sequence):
+        shape = tuple(shape[0])
+    if len(shape) < 2:
+        raise ShapeError(f"the shape {shape} has fewer than two dimensions; give {form}.")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ShapeError(f"the shape {shape} has a size that is no integer from 0 on; give {form}.")
+    return shape  # type: ignore[return-value]
 
 
 def check_matrix(name: str, x: object, *, wide: bool = False) -> Tensor:
@@ -66,6 +85,37 @@ def check_pair(name: str, x: Tensor, other_name: str, other: object) -> None:
             raise ShapeError(
                 f"{other_name} has {what} {given}, {name} has {needed}; they must agree: {way_out}."
             )
+
+
+def check_returned(family: str, name: str, found: object, shape: tuple[int, ...], called: str) -> Tensor:
+    """Refuse what somebody's own function returned, where it is no tensor of the shape needed.
+
+    Args:
+        family: what the function is, "retraction" for example.
+        name: and its name.
+        found: what it returned.
+        shape: what is needed.
+        called: how it is called and what it should return, in words.
+
+    Raises:
+        StepError: it is something else.
+    """
+    if isinstance(found, Tensor) and found.shape == shape:
+        return found
+    given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise StepError(f"{family} {name!r} returned {given}, and {tuple(shape)} is needed: {called}.")
+
+
+def check_count(family: str, name: str, found: object, parts: Sequence[str]) -> Sequence[object]:
+    """Refuse what somebody's own function returned, where it is not one result for each of the parts.
+
+    Raises:
+        StepError: it is something else.
+    """
+    if isinstance(found, (tuple, list)) and len(found) == len(parts):
+        return found
+    given = f"{len(found)} results" if isinstance(found, (tuple, list)) else type(found).__name__
+    raise StepError(f"{family} {name!r} returned {given}, and {len(parts)} are needed: {', '.join(parts)}.")
 
 
 def as_stacks(**tensors: Tensor) -> list[Tensor]:

@@ -209,8 +209,11 @@ def _rotation(a: Tensor) -> Tensor:
 @law
 def law_membership(m: Stiefel, case: Case) -> None:
     """``residual`` tells points from others, ``check`` acts on it, ``random_point`` and ``random_tangent`` fit."""
-    x = m.random_point(*case.shape, dtype=case.dtype, generator=torch.Generator().manual_seed(case.seed))
-    again = m.random_point(*case.shape, dtype=case.dtype, generator=torch.Generator().manual_seed(case.seed))
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(case.seed + seed)
+
+    x, again, other = (m.random_point(*case.shape, dtype=case.dtype, generator=seeded(k)) for k in (0, 0, 2))
     holds("equal generators draw equal points", torch.equal(x, again))
     holds("random_point has the shape and dtype asked for", (x.shape, x.dtype) == (case.shape, case.dtype))
     at_most("random_point lies on the manifold", _residual(x), case.tolerance())
@@ -221,10 +224,16 @@ def law_membership(m: Stiefel, case: Case) -> None:
         m.residual(z).double() - _residual(z).abs().amax((-2, -1)),
         case.tolerance(4 * (1 + case.scale) ** 2),
     )
-    u = m.random_tangent(x, torch.Generator().manual_seed(case.seed + 1))
+    u, again, v = (m.random_tangent(x, seeded(k)) for k in (1, 1, 2))
     at_most("random_tangent is tangent", _normal_part(x, u), case.tolerance())
+    holds("equal generators draw equal tangent vectors", torch.equal(u, again))
     if m.dim(*case.shape) > 0:
         at_most("random_tangent has unit norm", m.norm(x, u) - 1, case.tolerance())
+        holds("other seeds draw other points", not torch.equal(x, other))
+    n, p = case.shape[-2:]
+    if x.numel() and m.dim(n, p) > 1:  # along a curve there are two of unit norm
+        holds("other seeds draw other tangent vectors", not torch.equal(u, v))
+    holds("dim counts a batch's points", m.dim(3, n, p) == 3 * m.dim(n, p))
     for wrong in (2 * x, x * math.nan) if x.numel() else ():
         try:
             m.check(wrong)
@@ -658,15 +667,36 @@ def suite_of(m: Any) -> Suite:
     """The laws of the nearest known class above a manifold's.
 
     Where there is none those of Stiefel, at the shapes that it ``fits`` and with points that the manifold makes.
+
+    Raises:
+        ConfigError: there is none, and its points have no orthonormal columns.
     """
     known = next((SUITES[cls] for cls in type(m).__mro__ if cls in SUITES), None)
     if known is not None:
         return known
+    _check_has_frames(m)
 
     def case(shape: tuple[int, ...], dtype: torch.dtype, scale: float, seed: int) -> OwnCase:
         return OwnCase(m.fits(shape), dtype, scale, seed, m)
 
     return replace(STIEFEL, shapes=tuple(dict.fromkeys(map(m.fits, SHAPES))), case=case)
+
+
+def _check_has_frames(m: Any) -> None:
+    """Refuse a manifold of which the laws of Stiefel say nothing: they would call it broken."""
+    name = type(m).__name__
+    way_out = "FixedRank and FixedRankPair have laws of their own; of other manifolds test what they claim yourself."
+    if m.held == "tensor":
+        raise ConfigError(
+            f"a point of {name} is a tensor, and the laws are those of orthonormal columns: {way_out}"
+        )
+    x = m.project_point(Case(m.fits(Case.shape)).normal(0))
+    off = _residual(x).abs().amax().item()
+    if not off < 0.1:
+        raise ConfigError(
+            f"project_point of {name} makes points with |x^T x - I| = {off:.2g}, and the laws are those of orthonormal "
+            f"columns: let fits(shape) name shapes where it has them. {way_out}"
+        )
 
 
 def check_manifold(
@@ -689,6 +719,7 @@ def check_manifold(
 
     Raises:
         AssertionError: names the law that does not hold, and the numbers.
+        ConfigError: a manifold of another kind, whose points have no orthonormal columns.
     """
     suite = suite_of(m)
     _check_all(suite, m, suite.shapes if shapes is None else shapes, dtypes, scales, seed)
@@ -699,6 +730,7 @@ def check_retraction(
     order: Mapping[str, float] | float | None = None,
     *,
     equivariance: str | None = None,
+    radius: float | None = None,
     shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     scales: Sequence[float] = SCALES,
@@ -714,6 +746,8 @@ def check_retraction(
             the Euclidean metric, which is what "second order" means in the literature. Undeclared orders are
             checked to be at least 1.
         equivariance: "both" or "left", in place of the declared one.
+        radius: the largest ||u||_2 that is tried, in place of the declared one; with none, a step of norm 1e4 has to
+            end on the manifold too. Register the function with it, so that longer steps are refused.
         shapes: of points, as in `check_manifold`.
         dtypes: of points.
         scales: Frobenius norms of the steps; cut to the retraction's radius.
@@ -722,21 +756,39 @@ def check_retraction(
 
     Raises:
         AssertionError: names the law that does not hold, and the numbers.
+        UnknownNameError: r, or a metric in the order, is not registered.
+        ConfigError: what is to be checked cannot be true of any retraction, or is not asked on FixedRank.
     """
     if isinstance(r, RankRetraction):
+        if equivariance is not None or radius is not None:
+            raise ConfigError(
+                "equivariance= and radius= are for retractions of Stiefel; leave them out for FixedRank."
+            )
         return _check_rank_retraction(r, order, shapes, dtypes, scales, steps, seed)
     shapes = SHAPES if shapes is None else shapes
     part = retraction_of(Stiefel(retraction=r))
-    if order is not None:
-        part = replace(part, order={"euclidean": order} if isinstance(order, (int, float)) else dict(order))
-    if equivariance is not None:
-        part = replace(part, equivariance=equivariance)
+    part = _with_facts(part, order, radius, equivariance)
     for metric in metrics.names():
         if not serves(part, metric):
             continue
         m = Stiefel(metric=metric, retraction=part)
         _check_all(replace(STIEFEL, laws=RETRACTION_LAWS), m, shapes, dtypes, scales, seed)
         law_drift(m, Case((16, 3), torch.float32, 1e-2, seed), steps=steps)
+
+
+def _with_facts(
+    part: Retraction,
+    order: Mapping[str, float] | float | None,
+    radius: float | None,
+    equivariance: str | None,
+) -> Retraction:
+    """A retraction with what is to be checked in place of what it declares."""
+    given: dict[str, Any] = {"radius": radius, "equivariance": equivariance}
+    given["order"] = {"euclidean": order} if isinstance(order, (int, float)) else order
+    given = {fact: value for fact, value in given.items() if value is not None}
+    tried = {"order": {}, "radius": math.inf, "equivariance": "both", **given}
+    retractions.checked_facts(part.name, **tried)
+    return replace(part, **given)
 
 
 def _check_rank_retraction(

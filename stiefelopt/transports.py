@@ -10,7 +10,9 @@ from torch import Tensor
 from .errors import ConfigError
 from .gram import Reduce, Tall, combine, gram, sym
 from .registry import Registry
-from .shapes import on_stacks
+from .shapes import check_returned, on_stacks
+
+GRAM, AMBIENT = "it maps w = y^T v, (B, p, p), to s", "it is called with stacks x, u, y and v, (B, n, p)"
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,21 @@ class Transport:
         return on_stacks(lambda x, u, y, v: self.apply([x], [u], [y], [v])[0], x=x, u=u, y=y, v=v)
 
     def apply(self, xs: Tall, us: Tall, ys: Tall, vs: Tall, reduce: Reduce | None = None) -> list[Tensor]:
-        """The transport on stacks."""
+        """The transport on stacks.
+
+        Raises:
+            StepError: the function returned another shape.
+        """
         if self.form == "ambient":
-            return [self.function(*args) for args in zip(xs, us, ys, vs, strict=True)]
-        return combine(vs, ys, self.function(gram(ys, vs, reduce)), alpha=-1.0)
+            return [
+                self._returned(self.function(*args), args[0], AMBIENT)
+                for args in zip(xs, us, ys, vs, strict=True)
+            ]
+        w = gram(ys, vs, reduce)
+        return combine(vs, ys, self._returned(self.function(w), w, GRAM), alpha=-1.0)
+
+    def _returned(self, found: object, like: Tensor, called: str) -> Tensor:
+        return check_returned("transport", self.name, found, like.shape, called)
 
 
 _registry: Registry[Transport] = Registry("transport", words=("none",))
@@ -45,7 +58,11 @@ def register(name: str, *, form: str = "gram") -> Callable[[Callable[..., Tensor
     Args:
         name: the word that ``Stiefel(transport=...)`` will accept.
         form: "gram": ``f(w) -> s`` with w = y^T v, and the result is v - y s; "ambient": ``f(x, u, y, v)``.
+
+    Raises:
+        ConfigError: not a name, or one that is taken; another form.
     """
+    _registry.check_name(name)
     if form not in ("gram", "ambient"):
         raise ConfigError(
             f"transport {name!r} was given form={form!r}; use 'gram' (w -> s) or 'ambient' ((x, u, y, v) -> v)."

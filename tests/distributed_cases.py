@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from stiefelopt import (
     export_lora,
     load_adapter_state_dict,
     loi_init,
+    manifolds,
     merge_adapters,
     param_groups,
     retractions,
@@ -442,6 +444,9 @@ def what_cannot_be_sharded_is_refused_by_name() -> None:
     tall, wide = points((12, 3)), points((3, 12))
     with refused(ConfigError, "parameter 0 of group 0", "retraction 'svd'", "polar"):
         step(tall, Stiefel(retraction="svd"), Shard(0))
+    own: Any = manifolds.register("Own")(dataclass(frozen=True)(type("Own", (manifolds.Manifold,), {})))
+    with refused(ConfigError, "parameter 0 of group 0", "Own needs whole matrices"):
+        step(tall, own(), Shard(0))
     with refused(ConfigError, "a plain function", "polar"):
         step(tall, Stiefel(retraction=lambda x, u: x + u), Shard(0))
     with refused(ConfigError, "parameter 0 of group 0", "dimension 0", "Shard(1)"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stiefelopt import core_svd
+from stiefelopt import FixedRank, core_svd
 from stiefelopt.core_svd import by_lapack, truncated
 
 M, N = 24, 20
@@ -77,6 +77,32 @@ def test_any_scale(scale: float, length: float) -> None:
 def test_ill_conditioned(smallest: float) -> None:
     check(step(4, 4, smallest / 4, smallest=smallest), 1e-15 / smallest + 1e-12)
     check(step(4, 4, 0.1, smallest=smallest), 1e-11)
+
+
+@pytest.mark.parametrize("tiny", [1e-4, 1e-6, 1e-8, 1e-10, 1e-14, 1e-30, 0.0])
+@pytest.mark.parametrize("length", [1e-2, 0.3, 10.0])
+@pytest.mark.parametrize("smallest", [0.5, 1e-3])
+def test_one_sided_steps(tiny: float, length: float, smallest: float) -> None:
+    """Where Vp is about zero p is right at once, and says nothing of q, nor the other way round."""
+    u, c, v, up, vp = step(6, 4, length, smallest=smallest)
+    check((u, c, v, up, tiny * vp), 1e-11)
+    check((u, c, v, tiny * up, vp), 1e-11)
+
+
+def test_one_sided_steps_from_an_ill_conditioned_point_are_finite() -> None:
+    """float32, where the iteration for q overflows."""
+    f, g = FixedRank(), torch.Generator().manual_seed(0)
+    x = f.random_point(40, 30, rank=4, generator=g)
+    x = x._replace(S=torch.diag(torch.tensor([1, 1e-2, 1e-4, 1e-6])))
+    t = f.random_tangent(x, generator=g)
+    for zero in (t._replace(V=0 * t.V), t._replace(U=0 * t.U)):
+        u = zero._replace(S=0 * t.S)
+        y = f.retract(x, u)
+        wanted = (
+            x.U.double() @ x.S.double() + u.U.double()
+        ) @ x.V.double().mT + x.U.double() @ u.V.double().mT
+        found = y.U.double() @ y.S.double() @ y.V.double().mT
+        assert torch.linalg.matrix_norm(found - wanted) < 1e-5
 
 
 def test_short_and_long_ones_in_one_batch() -> None:

@@ -997,10 +997,10 @@ ON_FIXED_RANK: dict[str, Case] = {
         UnknownNameError, r"plain_function", r"register", lambda w: AnyFixedRank(plain_function)
     ),
     "an unknown transport on FixedRank": Case(
-        ConfigError,
-        r"transport='parallel'",
-        r"'projection' or 'none'",
-        lambda w: FixedRank(transport="parallel"),
+        UnknownNameError,
+        r"transport 'projecton'",
+        r"known: 'projection', 'none'\. Did you mean 'projection'",
+        lambda w: FixedRank(transport="projecton"),
     ),
     **{
         f"a floor of {floor}": Case(ConfigError, r"floor=", r"\[0, 1\)", partial(make_floor, floor))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 geoopt = pytest.importorskip("geoopt")
 
 from stiefelopt import RiemannianWrapper, Stiefel, attach, constrain, manifolds, param_groups  # noqa: E402
-from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, StepError  # noqa: E402
+from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, StepError, UnknownNameError  # noqa: E402
 from stiefelopt.integrations.geoopt import Geoopt, from_geoopt  # noqa: E402
 from stiefelopt.manifolds import from_spec  # noqa: E402
+from stiefelopt.testing import check_manifold  # noqa: E402
 
 EXACT_STIEFEL = geoopt.manifolds.EuclideanStiefelExact
 CASES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
@@ -192,6 +193,136 @@ def test_tangent_vectors_and_moves(name: str) -> None:
     y = m.retract(x, 0.1 * u)
     moved = m.transport_vector(x, 0.1 * u, y, v)
     torch.testing.assert_close(m.project_tangent(y, moved), moved, atol=1e-9, rtol=0)
+
+
+def test_random_points_differ_and_follow_the_seed() -> None:
+    m = ours(geoopt.Sphere())
+
+    def drawn(**options: Any) -> list[Tensor]:
+        return [m.random_point(3, 4, **options) for _ in range(2)]
+
+    torch.manual_seed(3)
+    first, second = drawn()
+    assert not torch.allclose(first, second)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, drawn(), (first, second)))
+    state = torch.get_rng_state()
+    first, second = drawn(generator=torch.Generator().manual_seed(3))
+    assert not torch.allclose(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+DIMENSIONS = {
+    "Sphere": 4 * 5,
+    "SphereExact": 5,
+    "PoincareBall": 5 * 3,
+    "PoincareBallExact": 5 * 3,
+    "Stereographic": 4 * 3,
+    "StereographicExact": 3,
+    "SphereProjection": 3,
+    "SphereProjectionExact": 3,
+    "Lorentz": 4 * 4,
+    "SymmetricPositiveDefinite": 2 * 10,
+    "CanonicalStiefel": 2 * 9,
+    "EuclideanStiefel": 9,
+    "EuclideanStiefelExact": 9,
+    "BirkhoffPolytope": 9,
+    "Scaled": 5,
+    "ProductManifold": 5 * (3 + 3 + 5),
+    "StereographicProductManifold": 4 + 3,
+    "UpperHalf": 2 * 6,
+    "BoundedDomain": 2 * 2 * 6,
+}
+
+
+@each
+def test_the_dimension(name: str) -> None:
+    manifold, x = make(name)
+    assert ours(manifold).dim(*x.shape) == DIMENSIONS[name]
+
+
+def methods(m: Geoopt) -> dict[str, Callable[..., Tensor]]:
+    """Those that take a point and vectors, as functions of a point and one vector."""
+    return {
+        "project_tangent": m.project_tangent,
+        "gradient": m.gradient,
+        "retract": m.retract,
+        "exp": m.exp,
+        "transport_vector": lambda x, u: m.transport_vector(x, u, x, u),
+        "inner": lambda x, u: m.inner(x, u, u),
+        "norm": m.norm,
+        "residual": lambda x, u: m.residual(x),
+        "random_tangent": lambda x, u: m.random_tangent(x, torch.Generator().manual_seed(0)),
+    }
+
+
+@each
+def test_empty_batches(name: str) -> None:
+    manifold, x = make(name)
+    empty = x.new_empty(0, *x.shape[x.ndim - manifold.ndim :])
+    for method, f in methods(ours(manifold)).items():
+        scalar = method in ("inner", "norm", "residual")
+        assert f(empty, empty).shape == ((0,) if scalar else empty.shape), method
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["Sphere", "SphereExact", "PoincareBall", "Lorentz", "EuclideanStiefel", "Scaled"]
+)
+def test_half_precision_is_kept_and_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    manifold, x = make(name)
+    m = ours(manifold)
+    x = x.to(dtype)
+    u = m.project_tangent(x, target(x))
+    for method, f in methods(m).items():
+        if method == "random_tangent":  # drawn in another dtype
+            continue
+        scalar = method in ("inner", "norm", "residual")
+        result, single = f(x, u), f(x.float(), u.float())
+        assert result.dtype == (torch.float32 if scalar else dtype), method
+        assert torch.equal(result, single.to(result.dtype)), method
+    assert m.random_tangent(x).dtype == dtype
+
+
+def test_vectors_that_are_not_like_the_point_are_refused() -> None:
+    manifold, x = make("Sphere")
+    m = ours(manifold)
+    for wrong, message in ((x[..., :-1], "shape"), (x.float(), "dtype")):
+        for call in (
+            lambda wrong=wrong: m.inner(x, x, wrong),
+            lambda wrong=wrong: m.inner(x, wrong, x),
+            lambda wrong=wrong: m.transport_vector(x, x, x, wrong),
+            lambda wrong=wrong: m.transport_vector(x, wrong, x, x),
+            lambda wrong=wrong: m.transport_vector(x, x, wrong, x),
+            lambda wrong=wrong: m.gradient(x, wrong),
+            lambda wrong=wrong: m.retract(x, wrong),
+        ):
+            with pytest.raises(ShapeError, match=f"the vector has {message}"):
+                call()
+    with pytest.raises(ShapeError, match="a point has shape"):
+        ours(CASES["ProductManifold"][0]()).dim(4)
+
+
+@pytest.mark.parametrize("name", ["UpperHalf", "BoundedDomain"])
+def test_where_there_is_no_exponential_map(name: str) -> None:
+    manifold, x = make(name)
+    m = ours(manifold)
+    with pytest.raises(ConfigError, match=r"geoopt has no exponential map of .*; use retract"):
+        m.exp(x, m.random_tangent(x))
+
+
+@each
+def test_the_gradient_belongs_to_the_metric(name: str) -> None:
+    """<grad, v> = <g, v>, but on the two manifolds that docs/geoopt.md names."""
+    manifold, x = make(name)
+    m = ours(manifold)
+    g, v = target(x), m.random_tangent(x, torch.Generator().manual_seed(1))
+    found = m.inner(x, m.gradient(x, g), v).real
+    expected = (g.conj() * v).real.flatten(x.ndim - manifold.ndim).sum(-1)
+    if name == "BirkhoffPolytope":
+        found = found * x.shape[-1]
+    off = ((found - expected).abs() / expected.abs()).amax().item()
+    assert off > 1e-4 if name == "BoundedDomain" else off < 1e-9
 
 
 @each
@@ -393,8 +524,8 @@ def test_euclidean_is_no_constraint() -> None:
     assert from_geoopt(geoopt.Euclidean(1)) is None
     with pytest.raises(ConfigError, match=r"geoopt\.Sphere\(\)"):
         from_geoopt(Stiefel())
-    with pytest.raises(ConfigError, match="transport"):
-        from_geoopt(geoopt.Sphere(), transport="parallel")
+    with pytest.raises(UnknownNameError, match=r"unknown transport 'trans'.*'none', 'transp'.*mean 'transp'"):
+        from_geoopt(geoopt.Sphere(), transport="trans")
 
 
 # Refusals
@@ -443,6 +574,12 @@ def test_constrain_projects_and_draws() -> None:
     module(torch.randn(2, 6)).square().sum().backward()
     optimizer.step()
     assert max(optimizer.residuals().values()) < 1e-12
+
+
+def test_the_laws_of_stiefel_are_not_run_on_them() -> None:
+    for manifold in (geoopt.Sphere(), geoopt.PoincareBall()):
+        with pytest.raises(ConfigError, match="a point of Geoopt is a tensor, and the laws are"):
+            check_manifold(ours(manifold))  # type: ignore[arg-type]
 
 
 def test_it_is_registered() -> None:

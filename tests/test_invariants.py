@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jacfwd, jacrev, jvp, vmap
 
-from stiefelopt import Stiefel, metrics, projections, retractions, testing, transports
+from stiefelopt import Stiefel, metrics, projections, rank_retractions, retractions, testing, transports
 from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, StepError
 from stiefelopt.gram import sym
 from stiefelopt.laws import Law
@@ -390,6 +390,31 @@ def test_a_plain_function_works_live() -> None:
         check_retraction(householder_qr, order=2, **QUICK)
 
 
+def textbook_cayley(x: Tensor, u: Tensor) -> Tensor:
+    """(I - w/2)^-1 (I + w/2) x with the n x n matrix w = u x^T - x u^T + x x^T u x^T; rounding grows with ||u||."""
+    a = u - 0.5 * x @ (x.mT @ u)
+    w = a @ x.mT - x @ a.mT
+    eye = torch.eye(x.shape[-2], dtype=x.dtype)
+    return torch.linalg.solve(eye - 0.5 * w, x + 0.5 * w @ x)
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_a_radius_of_ones_own() -> None:
+    """check_retraction tries no longer steps, and the library refuses them, be the part ambient or not."""
+    order = {"canonical": 2, "euclidean": 1}
+    where: dict[str, Any] = {"shapes": [(7, 3)], "steps": 10}
+    with pytest.raises(AssertionError, match="law_radius: the result of a step of norm 10000"):
+        check_retraction(textbook_cayley, order, **where)
+    check_retraction(textbook_cayley, order, radius=100.0, **where)
+    mine = retractions.register("mine", form="ambient", order=order, radius=100.0)(textbook_cayley)
+    check_retraction(mine, **where)
+    case = Case((7, 3), torch.float64, 1e3)
+    with pytest.raises(StepError, match=r"mine accepts steps up to \|\|u\|\|_2 = 100"):
+        mine(case.point(), case.tangent(case.point()))
+    with pytest.raises(ConfigError, match="leave them out for FixedRank"):
+        check_retraction(rank_retractions.get("svd"), radius=1.0)
+
+
 @pytest.mark.usefixtures("scratch_registries")
 def test_the_correction_makes_an_approximation_exact() -> None:
     """A gram part that is orthonormal to second order only is brought to the manifold by the library."""
@@ -397,7 +422,7 @@ def test_the_correction_makes_an_approximation_exact() -> None:
     @retractions.register("taylor", order={"canonical": 1, "euclidean": 2}, radius=0.5)
     def taylor(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         eye = torch.eye(w.shape[-1], dtype=w.dtype)
-        return eye - 0.5 * q, eye.expand_as(w)
+        return eye - 0.5 * q, eye
 
     testing.law_retraction(Stiefel(retraction="taylor"), Case((9, 4), torch.float32, 0.4))
     testing.law_order(Stiefel("euclidean", "taylor"))

@@ -30,7 +30,7 @@ from stiefelopt import (
     param_groups,
     rank_laws,
 )
-from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError
+from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, UnknownNameError
 from stiefelopt.laws import Law
 from stiefelopt.pair_laws import PAIR_LAWS, PairCase
 from stiefelopt.rank_laws import RankCase, rank_cases
@@ -924,7 +924,9 @@ def test_bad_arguments_are_refused() -> None:
         m.retract(x, AB(B, A))
     with pytest.raises(ConfigError, match=r"retract"):
         m.exp(x, x)
-    with pytest.raises(ConfigError, match=r"'projection' or 'none'"):
-        FixedRankPair(transport="parallel")
+    with pytest.raises(
+        UnknownNameError, match=r"'projecton'; known: 'projection', 'none'.*mean 'projection'"
+    ):
+        FixedRankPair(transport="projecton")
     with pytest.raises(ConfigError, match=r"two parameters A, B.*lora='fixed-rank'"):
         constrain(nn.Linear(3, 4), "weight", m)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pymanopt.manifolds as pm
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import jacrev, jvp, vmap
 
 from stiefelopt import (
+    FixedRank,
+    FixedRankPair,
     Grassmann,
     Oblique,
     RiemannianWrapper,
@@ -26,6 +29,7 @@ from stiefelopt import (
 )
 from stiefelopt.errors import ConfigError, NotOnManifoldError, ShapeError, StepError, UnknownNameError
 from stiefelopt.laws import Law
+from stiefelopt.manifolds import Manifold
 from stiefelopt.manifolds.frames import Frames
 from stiefelopt.manifolds.one_metric import OneMetric
 from stiefelopt.retractions import close
@@ -196,6 +200,30 @@ def test_the_nearest_rotation() -> None:
     SpecialOrthogonal().check(SpecialOrthogonal().random_point(50, 3, 3))
 
 
+def test_the_nearest_rotation_is_differentiable_where_it_is_unique() -> None:
+    """Against central differences: at rotations, at repeated and zero singular values, and in batches of both kinds."""
+    project = SpecialOrthogonal().project_point
+    z = torch.diag_embed(
+        torch.tensor([[1.0, 1, 1], [2, 2, -1], [2, 2, 2], [3, 1, 0], [3, 2, -1.5], [-1, -2, 3]]).double()
+    )
+    turn = torch.linalg.qr(torch.randn(6, 3, 3, dtype=torch.float64))[0]
+    z = torch.cat((z[:3], turn @ z @ turn.roll(1, 0))).requires_grad_()
+    assert torch.linalg.det(z).amin() < 0 < torch.linalg.det(z).amax()
+    assert torch.autograd.gradcheck(project, z)
+    assert torch.autograd.gradgradcheck(project, z)
+    z = z.detach()
+    rate = torch.randn_like(z)
+    slope = (project(z + 1e-5 * rate) - project(z - 1e-5 * rate)) / 2e-5
+    for transformed in (
+        jvp(project, (z,), (rate,))[1],
+        vmap(lambda a, b: jvp(project, (a,), (b,))[1])(z, rate),
+    ):
+        torch.testing.assert_close(transformed, slope, rtol=0, atol=1e-8)
+    jacobians = vmap(jacrev(project))(z).flatten(3)
+    along = (jacobians * rate.flatten(1)[:, None, None]).sum(-1)
+    torch.testing.assert_close(along, slope, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_func(kind: Any) -> None:
     """vmap maps every method, and forward mode knows the retraction's derivative at zero: the identity."""
@@ -359,12 +387,75 @@ def test_what_is_no_point_is_refused() -> None:
         RiemannianWrapper(torch.optim.SGD([torch.eye(3)[0]], lr=0.1), Oblique())
 
 
+def test_a_rotation_is_square() -> None:
+    m, x = SpecialOrthogonal(), torch.eye(4, 2)
+    for call in (
+        lambda: m.dim(4, 2),
+        lambda: m.residual(x),
+        lambda: m.retract(x, x),
+        lambda: m.exp(x, x),
+        lambda: m.check(x),
+        lambda: m.random_tangent(x),
+        lambda: m.project_point(x),
+        lambda: m.random_point(4, 2),
+    ):
+        with pytest.raises(ShapeError, match=r"the shape \(4, 2\) is not square.*Stiefel\(\)"):
+            call()
+
+
+@pytest.mark.parametrize("m", [Stiefel(), SpecialOrthogonal(), Grassmann(), Sphere(), Oblique()], ids=repr)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3,), "fewer than two dimensions"),
+        ((), "fewer than two dimensions"),
+        ((-2, 5, 3), "no integer from 0 on"),
+        ((5, -3), "no integer from 0 on"),
+        ((5, 2.0), "no integer from 0 on"),
+        ((5, 0), "with n >= p >= 1|n, p >= 1"),
+    ],
+)
+def test_shapes_of_no_point(m: Any, shape: tuple[Any, ...], message: str) -> None:
+    for method in (m.dim, m.random_point):
+        with pytest.raises(ShapeError, match=message):
+            method(*shape)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (-2, 5, 4), (5, -4), (5, 4.0)])
+def test_shapes_of_no_matrix_of_fixed_rank(shape: tuple[Any, ...]) -> None:
+    for m in (FixedRank(), FixedRankPair()):
+        for method in (m.dim, m.random_point):
+            with pytest.raises(ShapeError, match=r"fewer than two dimensions|no integer from 0 on"):
+                method(*shape, rank=2)
+
+
+def test_the_norm_of_zero_has_a_derivative() -> None:
+    """Zero, as that of sqrt(<u, u>) anywhere else is u over it; and NaN does not become zero."""
+    for kind in (Stiefel, *KINDS):
+        m: Any = kind()
+        x = m.random_point(*kind.fits((2, 5, 3)), dtype=torch.float64)
+        u = m.random_tangent(x)
+        u[0] = 0
+        u.requires_grad_()
+        m.norm(x, u).sum().backward()
+        assert torch.equal(u.grad[0], torch.zeros_like(x[0]))
+        other = u.detach().clone().requires_grad_()
+        m.inner(x, other, other)[1].sqrt().backward()
+        torch.testing.assert_close(u.grad[1], other.grad[1], rtol=0, atol=1e-14)
+        assert m.norm(x, x * math.nan).isnan().all()
+    for fixed in (FixedRank(), FixedRankPair()):
+        point: Any = fixed.random_point(2, 5, 4, rank=2)
+        zero = type(point)(*(torch.zeros_like(t).requires_grad_() for t in point))
+        fixed.norm(point, zero).sum().backward()
+        assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in zero)
+
+
 def test_options() -> None:
     for kind in KINDS:
         with pytest.raises(UnknownNameError, match="pollar"):
             kind("pollar")
-        with pytest.raises(ConfigError, match="transport"):
-            kind(transport="parallel")
+        with pytest.raises(UnknownNameError, match=r"unknown transport 'projecton'.*mean 'projection'"):
+            kind(transport="projecton")
         with pytest.raises(ConfigError, match="registered name"):
             kind(3)
         plain = kind(lambda x, u: torch.linalg.qr(x + u)[0])
@@ -400,3 +491,111 @@ def test_cases_of_the_laws_are_the_manifolds_own() -> None:
         c = case(kind(), (5, 3))
         assert isinstance(c, Case)
         kind().check(c.point())
+
+
+# A manifold of one's own, with the methods of the public promise and nothing else
+
+
+@dataclass(frozen=True)
+class UnitMatrices(Manifold):
+    """Matrices of Frobenius norm 1."""
+
+    transport: str = "none"
+
+    def check(self, x: Tensor) -> None:
+        assert bool((self.residual(x) < 1e-5).all())
+
+    def residual(self, x: Tensor) -> Tensor:
+        return (x.square().sum((-2, -1)) - 1).abs()
+
+    def project_point(self, z: Tensor) -> Tensor:
+        return z / torch.linalg.matrix_norm(z, keepdim=True)
+
+    def project_tangent(self, x: Tensor, z: Tensor) -> Tensor:
+        return z - x * (x * z).sum((-2, -1), keepdim=True)
+
+    def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
+        return self.project_tangent(x, egrad)
+
+    def retract(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.project_point(x + u)
+
+    def transport_vector(self, x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return self.project_tangent(y, v)
+
+
+def flat_step(x: Tensor, d: Tensor) -> Tensor:
+    """The step on the sphere of vectors: d made orthogonal to x, added, divided by the norm."""
+    x, d = x.flatten(), d.flatten()
+    y = x + d - x * torch.dot(x, d)
+    return y / y.norm()
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize("transport", ["none", "projection"])
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_manifold_of_ones_own_trains(adam: bool, transport: str) -> None:
+    """Against the inner optimizer on each vector alone, and against torch's own where nothing is constrained."""
+    manifolds.register("UnitMatrices")(UnitMatrices)
+    m = UnitMatrices(transport)
+    shapes, inner = ((5, 3), (5, 3), (3, 5), (4, 4)), torch.optim.AdamW if adam else torch.optim.SGD
+    options: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.0} | ({} if adam else {"momentum": 0.9})
+    params = [nn.Parameter(m.project_point(torch.randn(s, dtype=torch.float64))) for s in shapes]
+    start = [p.detach().clone() for p in params]
+    copies = [nn.Parameter(x.clone()) for x in start]
+    wrapper, reference = RiemannianWrapper(inner(params, **options), m), inner(copies, **options)
+    for step in range(4):
+        for k, (p, q) in enumerate(zip(params, copies, strict=True)):
+            g = torch.randn_like(p) if k < 3 else torch.zeros_like(p)
+            x = q.detach()
+            p.grad, q.grad = g.clone(), g - x * (x * g).sum()
+        wrapper.step()
+        before = [q.detach().clone() for q in copies]
+        reference.step()
+        for p, q, x in zip(params, copies, before, strict=True):
+            q.data = flat_step(x, q.detach() - x).reshape(x.shape)
+            if transport == "projection":
+                moment = reference.state[q]["exp_avg" if adam else "momentum_buffer"]
+                moment -= q.detach() * (q.detach() * moment).sum()
+            torch.testing.assert_close(p.detach(), q.detach(), atol=1e-13, rtol=0, msg=f"step {step}")
+    assert torch.equal(params[3].detach(), start[3])
+    assert max(wrapper.residuals().values()) < 1e-14
+    assert manifolds.from_spec(wrapper.state_dict()["param_groups"][0]["manifold"]) == m
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_a_manifold_of_ones_own_is_refused_by_name() -> None:
+    """Where it returns no point, or has not what is asked for; and nothing has changed."""
+
+    class Narrow(UnitMatrices):
+        def retract(self, x: Tensor, u: Tensor) -> Tensor:
+            return x[..., :1]
+
+    class Lost(UnitMatrices):
+        def retract(self, x: Tensor, u: Tensor) -> Tensor:
+            return x / 0
+
+    spectral = {"direction": "spectral"}
+    for m, keys, error, message in (
+        (Narrow(), {}, StepError, r"Narrow 'retract' returned \(1, 5, 1\), and \(1, 5, 3\) is needed"),
+        (Lost(), {}, StepError, r"Lost\(transport='none'\) cannot retract so long a step"),
+        (UnitMatrices(), spectral, ConfigError, r"UnitMatrices has none; leave 'direction' out"),
+    ):
+        manifolds.register(type(m).__name__)(type(m))
+        p = nn.Parameter(m.project_point(torch.randn(5, 3)))
+        x, p.grad = p.detach().clone(), torch.randn(5, 3)
+        wrapper = RiemannianWrapper(torch.optim.SGD([{"params": [p], "manifold": m, **keys}], lr=0.1))
+        with pytest.raises(error, match=message):
+            wrapper.step()
+        assert torch.equal(p.detach(), x)
+
+
+def test_the_laws_are_not_run_where_they_say_nothing() -> None:
+    """Nothing is wrong with a sphere of matrices; its points have no orthonormal columns, that is all."""
+    with pytest.raises(ConfigError, match=r"project_point of UnitMatrices makes points with .*fits\(shape\)"):
+        check_manifold(UnitMatrices())  # type: ignore[arg-type]
+
+    class Vectors(Sphere):
+        """At n x 1, where fits() says that they have one."""
+
+    assert suite_of(Vectors()).case((5, 3), torch.float64, 1.0, 0).shape == (5, 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stiefelopt import RiemannianWrapper, Stiefel, metrics, projections, retractions, testing
+from stiefelopt import RiemannianWrapper, Stiefel, metrics, projections, retractions, testing, transports
 from stiefelopt.errors import StepError
 from stiefelopt.gram import gram, sym
 from stiefelopt.laws import Law
@@ -87,6 +87,32 @@ def random_points_that_ignore_the_generator() -> Stiefel:
         return torch.linalg.qr(torch.randn(shape, dtype=dtype))[0]
 
     return broken(random_point=random_point)
+
+
+@breaks(testing.law_membership, "other seeds draw other points")
+def random_points_that_are_always_the_same() -> Stiefel:
+    def random_point(self: Stiefel, *shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        return torch.eye(*shape[-2:], dtype=dtype).expand(shape).clone()
+
+    return broken(random_point=random_point)
+
+
+@breaks(testing.law_membership, "equal generators draw equal tangent vectors")
+def random_tangents_that_ignore_the_generator() -> Stiefel:
+    return broken(random_tangent=lambda self, x, generator: Stiefel().random_tangent(x))
+
+
+@breaks(testing.law_membership, "other seeds draw other tangent vectors")
+def random_tangents_that_are_always_the_same() -> Stiefel:
+    def random_tangent(self: Stiefel, x: Tensor, generator: torch.Generator) -> Tensor:
+        return Stiefel().random_tangent(x, torch.Generator().manual_seed(0))
+
+    return broken(random_tangent=random_tangent)
+
+
+@breaks(testing.law_membership, "dim counts a batch's points")
+def dimension_of_one_point() -> Stiefel:
+    return broken(dim=lambda self, *shape: Stiefel().dim(*shape[-2:]))
 
 
 @breaks(testing.law_membership, "random_tangent has unit norm")
@@ -525,9 +551,80 @@ def test_a_part_that_refuses_steps_within_its_radius_is_told_so() -> None:
         check_retraction(fails)
 
 
+WRONG_PARTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a retraction of one result": (
+        lambda: retractions.register("bad")(lambda w, q: (w,)),
+        r"retraction 'bad' returned 1 results, and 2 are needed: a, b",
+    ),
+    "a retraction of one matrix": (
+        lambda: retractions.register("bad")(lambda w, q: w),
+        r"retraction 'bad' returned Tensor, and 2 are needed: a, b",
+    ),
+    "a narrow retraction": (
+        lambda: retractions.register("bad")(lambda w, q: (w[..., :1], q)),
+        r"retraction 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow normalizer": (
+        lambda: retractions.register("bad", form="normalizer")(lambda g: g[..., :1]),
+        r"retraction 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow projection": (
+        lambda: projections.register("bad")(lambda w: w[..., :1]),
+        r"projection 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow ambient projection": (
+        lambda: projections.register("bad", form="ambient")(lambda x, z: z[..., :1]),
+        r"projection 'bad' returned \(1, 6, 1\), and \(1, 6, 3\) is needed",
+    ),
+    "a narrow transport": (
+        lambda: transports.register("bad")(lambda w: w[..., :1]),
+        r"transport 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+    "a narrow ambient transport": (
+        lambda: transports.register("bad", form="ambient")(lambda x, u, y, v: v[..., :1]),
+        r"transport 'bad' returned \(1, 6, 1\), and \(1, 6, 3\) is needed",
+    ),
+    "a narrow metric": (
+        lambda: metrics.register("bad", inner=lambda q, wu, wv: q.sum((-2, -1)))(lambda k: k[..., :1]),
+        r"metric 'bad' returned \(1, 3, 1\), and \(1, 3, 3\) is needed",
+    ),
+}
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_a_part_that_returns_another_shape_is_named(name: str) -> None:
+    """Where it would broadcast, or fail deep inside; and nothing has changed."""
+    register, message = WRONG_PARTS[name]
+    register()
+    family = next(word for word in ("retraction", "projection", "transport", "metric") if word in message)
+    p = torch.nn.Parameter(torch.eye(6, 3))
+    group = {"params": [p], "manifold": Stiefel(**{family: "bad"})}
+    optimizer = RiemannianWrapper(torch.optim.SGD([group], lr=0.1, momentum=0.9))
+    p.grad = torch.ones(6, 3)
+    with pytest.raises(StepError, match=message):
+        optimizer.step()
+    assert torch.equal(p, torch.eye(6, 3))
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_an_inner_product_of_another_shape_is_named() -> None:
+    metrics.register("bad", inner=lambda q, wu, wv: q)(lambda k: k)
+    with pytest.raises(
+        StepError, match=r"metric 'bad' returned \(1, 3, 3\), and \(1,\) is needed: its inner"
+    ):
+        Stiefel("bad").norm(torch.eye(6, 3), torch.ones(6, 3))
+
+
 @pytest.mark.parametrize(
     ("result", "what"),
-    [(lambda x: x[..., :-1], "returned"), (lambda x: None, "NoneType"), (lambda x: x / 0, "NaN or Inf")],
+    [
+        (lambda x: x[..., :-1], "returned"),
+        (lambda x: None, "NoneType"),
+        (lambda x: x / 0, "NaN or Inf"),
+        (lambda x: 3 * x, r"retraction 'a plain function' left the manifold, \|y\^T y - I\| = 8"),
+        (lambda x: x.cumsum(-1), "left the manifold"),
+    ],
 )
 def test_what_is_no_point_is_not_written_to_a_parameter(result: Callable[[Tensor], Any], what: str) -> None:
     p = torch.nn.Parameter(torch.eye(6, 3))
@@ -537,3 +634,16 @@ def test_what_is_no_point_is_not_written_to_a_parameter(result: Callable[[Tensor
     with pytest.raises(StepError, match=what):
         optimizer.step()
     assert torch.equal(p, torch.eye(6, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 17), (5, 5), (3, 1)])
+def test_points_are_not_taken_for_others(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Long steps and half precision leave the manifold by rounding alone."""
+    p = torch.nn.Parameter(Stiefel().random_point(*shape, dtype=dtype))
+    for retraction in ("svd", lambda x, u: torch.linalg.qr(x + u)[0]):
+        group = {"params": [p], "manifold": Stiefel(retraction=retraction)}
+        for lr in (1e-3, 1e3):
+            p.grad = torch.randn(shape).to(dtype)
+            RiemannianWrapper(torch.optim.SGD([group], lr=lr)).step()
+    assert torch.isfinite(p).all()

@@ -111,6 +111,34 @@ def dimension_of_the_parameters() -> FixedRank:
     return broken(dim=lambda self, m, n, rank: (m + n + rank) * rank)
 
 
+@breaks(rank_laws.law_rank_project_tangent, "dim counts a batch's points")
+def dimension_of_one_point() -> FixedRank:
+    return broken(dim=lambda self, *shape, rank: good.dim(*shape[-2:], rank=rank))
+
+
+@breaks(rank_laws.law_rank_membership, "other seeds draw other points")
+def random_point_that_is_always_the_same() -> FixedRank:
+    def random_point(
+        self: FixedRank, *shape: int, rank: int, dtype: Any = None, generator: Any = None
+    ) -> USV:
+        return good.random_point(*shape, rank=rank, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+    return broken(random_point=random_point)
+
+
+@breaks(rank_laws.law_rank_membership, "equal generators draw equal tangent vectors")
+def random_tangent_without_its_generator() -> FixedRank:
+    return broken(random_tangent=lambda self, x, generator=None: good.random_tangent(x))
+
+
+@breaks(rank_laws.law_rank_membership, "other seeds draw other tangent vectors")
+def random_tangent_that_is_always_the_same() -> FixedRank:
+    def random_tangent(self: FixedRank, x: USV, generator: Any = None) -> USV:
+        return good.random_tangent(x, torch.Generator().manual_seed(0))
+
+    return broken(random_tangent=random_tangent)
+
+
 @breaks(rank_laws.law_rank_dense, "to_dense")
 def dense_of_a_transposed_s() -> FixedRank:
     return broken(to_dense=lambda self, x: x.U @ x.S.mT @ x.V.mT)
@@ -187,6 +215,27 @@ def retraction_by_the_inverse_of_a_gram() -> FixedRank:
     def retract(x: USV, u: USV) -> USV:
         y = good.retract(x, u)
         return y._replace(S=y.S + 0 * torch.linalg.inv_ex(u.U.mT @ u.U)[0])
+
+    return retracting(retract)
+
+
+@breaks(rank_laws.law_rank_nearest, "nearest matrix of rank r (u.V times 1e-14)")
+def retraction_that_believes_p_alone() -> FixedRank:
+    """One sweep of subspace iteration, whose q is still S^-T where Vp is zero and p is right already."""
+
+    def hasty(c: Tensor, hu: Tensor, hv: Tensor) -> Coefficients:
+        p = torch.linalg.inv(c)
+        q = 2 * p.mT - p.mT @ (c.mT + hu @ p) @ p.mT
+        eye = torch.eye(c.shape[-1], dtype=c.dtype)
+        tu, tv = (torch.linalg.inv(torch.linalg.cholesky(eye + h)).mT for h in (p.mT @ hu @ p, q.mT @ hv @ q))
+        return Coefficients(tu, p @ tu, tu.mT @ (c + p.mT @ hu + hv @ q) @ tv, tv, q @ tv)
+
+    def retract(x: USV, u: USV) -> USV:
+        y = good.retract(x, u)
+        if bool((u.V.abs().amax() > 1e-13 * u.U.abs().amax()) | (u.V == 0).all()):
+            return y
+        au, bu, s, av, bv = hasty(x.S + u.S, u.U.mT @ u.U, u.V.mT @ u.V)
+        return USV(x.U @ au + u.U @ bu, s, x.V @ av + u.V @ bv)
 
     return retracting(retract)
 
@@ -404,3 +453,23 @@ def test_every_law_has_a_counter_example_and_holds_for_ours(law: Law) -> None:
 def test_check_manifold_names_the_law() -> None:
     with pytest.raises(AssertionError, match=r"^law_rank_gradient"):
         check_manifold(gradient_by_a_transposed_inverse(), shapes=[(5, 4, 2)])
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda c: (c, c), r"'bad' returned 2 results, and 5 are needed: au, bu, s, av, bv"),
+        (
+            lambda c: (c, c, c[..., :1], c, c),
+            r"'bad' returned \(1, 2, 1\), and \(1, 2, 2\) is needed: it maps c",
+        ),
+    ],
+)
+def test_a_retraction_that_returns_another_shape_is_named(
+    result: Callable[[Tensor], Any], message: str
+) -> None:
+    rank_retractions.register("bad")(lambda c, hu, hv: result(c))
+    x = FixedRank().random_point(5, 4, rank=2)
+    with pytest.raises(StepError, match=message):
+        FixedRank("bad").retract(x, FixedRank().random_tangent(x))

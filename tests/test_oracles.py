@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stiefelopt import Stiefel, metrics, projections, retractions
+from stiefelopt import StepError, Stiefel, metrics, projections, retractions
 from stiefelopt.matfun import inverse_sqrt_increment
 from stiefelopt.testing import Case, geodesic
 
@@ -49,6 +49,20 @@ def test_polar_is_the_unitary_factor(shape: tuple[int, ...], scale: float, name:
 def test_newton_schulz_is_the_unitary_factor_within_its_radius(shape: tuple[int, ...]) -> None:
     for scale in (1e-6, 1e-2, 0.3, 0.69):
         x, u = given(shape, scale)
+        near(retractions.newton_schulz(x, u), scipy.linalg.polar((x + u).numpy())[0])
+
+
+@pytest.mark.parametrize("rank", [1, 20, 64])
+@pytest.mark.parametrize("length", [0.25, 0.69, 0.71])
+def test_the_radius_is_that_of_the_spectral_norm(length: float, rank: int) -> None:
+    """Many columns make the Frobenius norm long, and are no reason to refuse."""
+    x, q, k = (torch.linalg.qr(torch.randn(s, 64, dtype=torch.float64))[0] for s in (200, 200, 64))
+    q = torch.linalg.qr(q - x @ (x.mT @ q))[0]
+    u = length * q[:, :rank] @ k[:, :rank].mT
+    if length > retractions.newton_schulz.radius:
+        with pytest.raises(StepError, match=r"0\.7, and this one has 0\.71:"):
+            retractions.newton_schulz(x, u)
+    else:
         near(retractions.newton_schulz(x, u), scipy.linalg.polar((x + u).numpy())[0])
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stiefelopt import USV, FixedRank
+from stiefelopt import USV, FixedRank, FixedRankPair
 from stiefelopt.rank_laws import RankCase
 
 SHAPES = [(7, 5, 3), (5, 9, 2), (20, 16, 6), (6, 4, 1), (4, 4, 4), (3, 6, 3)]
@@ -85,6 +85,41 @@ def test_transport_is_the_dense_projection(shape: tuple[int, ...], retraction: s
     m, v = FixedRank(retraction), RankCase(shape).tangent(x, 60)
     y = m.retract(x, u)
     near(m.embed(y, m.transport_vector(x, u, y, v)), projected(y, m.embed(x, v)))
+
+
+@pytest.mark.parametrize("m", [FixedRank(), FixedRankPair()], ids=lambda m: type(m).__name__)
+def test_points_that_require_grad(m: Any) -> None:
+    """As parameters do: the same values, and the derivatives of finite differences; and vmap maps them."""
+    draw = torch.Generator().manual_seed(0)
+    x = m.random_point(2, 5, 4, rank=2, dtype=torch.float64, generator=draw)
+    u, v = (m.random_tangent(x, generator=draw) for _ in range(2))
+    y, z = m.retract(x, u), torch.randn(2, 5, 4, dtype=torch.float64, generator=draw)
+    methods: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "transport_vector": (lambda x, y, v: m.transport_vector(x, v, y, v), (x, y, v)),
+        "gradient": (m.gradient, (x, v)),
+        "project_tangent": (m.project_tangent, (x, y)),
+        "project_dense": (lambda x: m.project_dense(x, z.to(x[0])), (x,)),
+        "random_tangent": (lambda x: m.random_tangent(x, torch.Generator().manual_seed(1)), (x,)),
+    }
+    for name, (method, points) in methods.items():
+        kind, parts = type(x), len(x)
+        flat = [t for point in points for t in point]
+
+        def split(*tensors: Tensor, kind: Any = kind, parts: int = parts) -> list[Any]:
+            return [kind(*tensors[i : i + parts]) for i in range(0, len(tensors), parts)]
+
+        def called(*tensors: Tensor, method: Any = method, split: Any = split) -> tuple[Tensor, ...]:
+            return tuple(method(*split(*tensors)))
+
+        wanting = [t.clone().requires_grad_() for t in flat]
+        assert all(map(torch.equal, called(*wanting), called(*flat))), name
+        assert torch.autograd.gradcheck(called, wanting), name
+        if name in ("transport_vector", "gradient", "project_tangent"):  # nothing but x, y and v in them
+            for mapped, t in zip(torch.func.vmap(called)(*flat), called(*flat), strict=True):
+                near(mapped, t)
+        single = [t.float().requires_grad_() for t in flat]
+        torch.autograd.backward([t.sum() for t in called(*single)])
+        assert all(t.grad is None or bool(t.grad.isfinite().all()) for t in single), name
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import io
+import math
+import pickle
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from stiefelopt import RiemannianWrapper, Stiefel, manifolds, metrics, projections, retractions, transports
+from stiefelopt import (
+    Grassmann,
+    Oblique,
+    RiemannianWrapper,
+    SpecialOrthogonal,
+    Sphere,
+    Stiefel,
+    manifolds,
+    metrics,
+    projections,
+    rank_retractions,
+    retractions,
+    transports,
+)
 from stiefelopt.errors import ConfigError, StiefelOptError, UnknownNameError
 from stiefelopt.manifolds import Manifold, from_spec
 from stiefelopt.registry import Registry
+from stiefelopt.testing import check_retraction
 
 FAMILIES: dict[str, Any] = {
     "retraction": retractions,
@@ -27,6 +46,18 @@ EVERY = [
     for transport in ("none", *transports.names())
     for projection in ("none", *projections.names())
 ]
+
+
+WRONG_FACTS: list[tuple[dict[str, Any], str]] = [
+    ({"order": 2}, r"'mine' was given order=2; use a mapping"),
+    ({"order": {"canonical": "2"}}, r"order '2' for the metric 'canonical'; use 1, 2 or math.inf"),
+    ({"order": {"canonical": 0}}, r"order 0 for"),
+    ({"order": {"canonical": math.nan}}, r"order nan for"),
+    ({"radius": 0.0}, r"radius=0.0; use a positive number"),
+    ({"radius": "far"}, r"radius='far'"),
+    ({"radius": math.nan}, r"radius=nan"),
+]
+EVERY_FAMILY: tuple[Any, ...] = (*FAMILIES.values(), rank_retractions, manifolds)
 
 
 def plain(x: Tensor, u: Tensor) -> Tensor:
@@ -117,12 +148,40 @@ def test_taken_names_are_refused() -> None:
         (lambda: metrics.register("mine", inner=3), "needs inner="),  # type: ignore[arg-type]
         (lambda: retractions.register("")(plain), "non-empty string"),
         (lambda: retractions.register(7)(plain), "non-empty string"),  # type: ignore[arg-type]
-        (lambda: manifolds.register("Other")(Stiefel), "must be equal"),
+        *(
+            (partial(family.register, plain), r"got <function plain.*register\('name'\)")
+            for family in EVERY_FAMILY
+        ),
+        (lambda: metrics.register("mine"), "needs inner="),
+        *((partial(retractions.register, "mine", **facts), message) for facts, message in WRONG_FACTS),
     ],
 )
 def test_a_wrong_registration_says_what_is_right(register: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         register()
+
+
+def test_a_metric_in_an_order_is_one_that_is_registered() -> None:
+    """Else its order would never be looked at."""
+    for declare in (partial(retractions.register, "mine"), partial(check_retraction, "polar")):
+        with pytest.raises(UnknownNameError, match=r"unknown metric 'euclidian'.*mean 'euclidean'"):
+            declare(order={"euclidian": 2})
+    assert "mine" not in retractions.names()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"order": "second"}, r"order='second'; use a mapping"),
+        ({"order": math.nan}, r"order nan"),
+        ({"order": {"euclidean": True}}, r"order True"),
+        ({"equivariance": "right"}, r"'both' or 'left'"),
+        ({"radius": -1.0}, r"radius=-1.0; use a positive number"),
+    ],
+)
+def test_what_is_to_be_checked_is_checked_itself(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_retraction("polar", **facts)
 
 
 def test_names_keep_the_order_of_registration() -> None:
@@ -216,6 +275,46 @@ def test_a_plain_function_is_live_but_not_saved() -> None:
     assert hash(m) == hash(Stiefel(retraction=householder))
     with pytest.raises(ConfigError, match=r"@stiefelopt\.retractions\.register"):
         m.spec()
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize("kind", [Stiefel, Grassmann, SpecialOrthogonal, Sphere, Oblique])
+def test_a_registered_part_is_its_name(kind: Any) -> None:
+    own = retractions.register("mine", form="ambient")(plain)
+    for name in retractions.names():
+        m = kind(retraction=retractions.get(name))
+        assert m == kind(retraction=name)
+        assert m.spec()["retraction"] == name
+    changed = replace(own, radius=0.5)  # the name does not mean this one
+    with pytest.raises(ConfigError, match="register"):
+        kind(retraction=changed).spec()
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_retractions_are_pickled() -> None:
+    """By name where that means the very part; by what they hold where not."""
+    retractions.register("mine", form="ambient")(plain)
+    for name in retractions.names():
+        part = retractions.get(name)
+        assert pickle.loads(pickle.dumps(part)) is part
+        assert deepcopy(part) is part
+    changed = replace(retractions.get("mine"), radius=0.5)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        back = pickle.loads(pickle.dumps(changed, protocol))
+        assert back == changed
+        assert back is not changed
+
+
+def test_a_retraction_that_cannot_be_hashed_is_refused() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: Tensor, u: Tensor) -> Tensor:
+            return plain(x, u)
+
+    for kind in (Stiefel, Grassmann, SpecialOrthogonal, Sphere, Oblique):
+        with pytest.raises(ConfigError, match=rf"{kind.__name__}\(retraction=.*cannot be hashed.*__hash__"):
+            kind(retraction=Unhashable())
 
 
 def test_the_state_of_a_wrapper_with_a_plain_function_is_refused() -> None:

@@ -6,6 +6,7 @@ Importing this module lets the wrapper and `param_groups` understand ``geoopt.Ma
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,14 +19,13 @@ try:
 except ImportError as error:
     raise ImportError(f"geoopt is missing ({error}): pip install 'stiefelopt[geoopt]'") from error
 
-from ..errors import ConfigError, NotOnManifoldError, ShapeError, StepError
+from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
-from ..gram import Reduce, Tall, subtract_points
+from ..gram import Reduce, Tall
 from ..manifolds.base import Carrier, Manifold, register
 from ..manifolds.carried import reads
-from ..retractions import OpenSum
+from ..registry import check_word
 from ..shapes import REAL, check_pair, compute_dtype
-from ..transforms import host_can_look
 from .geoopt_manifolds import NotWritable, built, describe, repaired
 
 TRANSPORTS = ("none", "transp")
@@ -46,7 +46,7 @@ class Geoopt(Manifold):
         live: the manifold itself, where it cannot be written.
 
     Raises:
-        ConfigError: a definition that is not one, or an unknown transport.
+        ConfigError: a definition that is not one. UnknownNameError: an unknown transport.
 
     Cost: geoopt's; ambient, neither fused nor sharded.
     """
@@ -59,10 +59,7 @@ class Geoopt(Manifold):
     live: Any = None
 
     def __post_init__(self) -> None:
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(
-                f"from_geoopt(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
-            )
+        check_word("transport", self.transport, TRANSPORTS)
         if self.live is None:
             built(self.definition, torch.device("cpu"))
 
@@ -125,7 +122,10 @@ class Geoopt(Manifold):
     @full_precision
     def residual(self, x: Tensor) -> Tensor:
         """max |x - projx(x)| of every point, (*b,)."""
+        self.check_shape("x", x)
         z, manifold = _lifted(x), self._at(x)
+        if x.numel() == 0:  # of which most of geoopt's manifolds know nothing
+            return z.real.new_empty(_batch(manifold, x))
         off = (z - manifold.projx(z)).abs()
         return off.amax(_own_dims(manifold, z))
 
@@ -152,21 +152,45 @@ class Geoopt(Manifold):
     ) -> Tensor:
         """geoopt's ``random`` point of that shape; not uniform on every manifold."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return self._drawn(shape, seed, compute_dtype(dtype)).to(dtype=dtype, device=device)
+
+    def _drawn(self, shape: tuple[int, ...], seed: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A point in that dtype, or in geoopt's own choice: complex where points are."""
         manifold = self._at(torch.empty(0))
         with torch.random.fork_rng(devices=[]):  # geoopt's takes no generator
-            seed = torch.randint(2**62, (), generator=generator)
-            torch.manual_seed(int(seed))
+            torch.manual_seed(seed)
             draw = getattr(manifold, "random_normal", manifold.random)  # Lorentz has no other
-            x = draw(*shape, dtype=manifold.dtype or compute_dtype(dtype))
-        return x.detach().as_subclass(Tensor).to(dtype=dtype, device=device)
+            return draw(*shape, dtype=manifold.dtype or dtype).detach().as_subclass(Tensor)
+
+    def dim(self, *shape: int) -> int:
+        """Dimension of the manifold of points of that shape, over the reals: the trace of the tangent projection.
+
+        Raises:
+            ShapeError: points have other shapes.
+        """
+        self.check_shape("a point", torch.empty(shape))
+        manifold = self._at(torch.empty(0))
+        cut = len(shape) - manifold.ndim
+        own = tuple(shape[cut:])
+        x = self._drawn(own, seed=0)
+        basis = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *own)
+        basis = torch.cat((basis, 1j * basis)) if x.is_complex() else basis
+        trace = (manifold.proju(x.expand_as(basis), basis.clone()) * basis.conj()).real.sum()
+        return math.prod(shape[:cut]) * round(trace.item())
 
     # Tangent vectors
+
+    def _call(self, function: str, x: Tensor, *vectors: Tensor) -> Tensor:
+        """geoopt's function of that name in the compute dtype, in the shape and dtype of x."""
+        manifold, (z, *others) = self._at(x), _checked(x, *vectors)
+        # Most of geoopt's functions know nothing of empty batches.
+        return getattr(manifold, function)(z, *others).to(x.dtype) if x.numel() else x.clone()
 
     @full_precision
     def project_tangent(self, x: Tensor, z: Tensor) -> Tensor:
         """The projection of an ambient z to the tangent space at x."""
-        x, z = _pair(x, z)
-        return self._at(x).proju(x, z)
+        return self._call("proju", x, z)
 
     @full_precision
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -175,23 +199,25 @@ class Geoopt(Manifold):
         z = _lifted(x)
         u = torch.randn(z.shape, dtype=z.dtype, device=source, generator=generator).to(x.device)
         manifold = self._at(x)
-        u = manifold.proju(z, manifold.proju(z, u))
-        norms = self.norm(z, u).reshape(*x.shape[: x.ndim - manifold.ndim], *[1] * manifold.ndim)
+        u = self._call("proju", z, self._call("proju", z, u))
+        norms = self.norm(z, u).reshape(*_batch(manifold, x), *[1] * manifold.ndim)
         return (u / norms).to(x.dtype)
 
     @full_precision
     def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
         """geoopt's ``egrad2rgrad``."""
-        x, egrad = _pair(x, egrad)
-        return self._at(x).egrad2rgrad(x, egrad.clone())  # Lorentz writes to it
+        _checked(x, egrad)
+        return self._call("egrad2rgrad", x, egrad.clone())  # Lorentz writes to it
 
     @full_precision
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """geoopt's inner product, (*b,)."""
-        manifold = self._at(x)
+        """geoopt's inner product, (*b,); half precision is computed in float32."""
+        manifold, (z, u, v) = self._at(x), _checked(x, u, v)
+        batch = _batch(manifold, x)
+        if x.numel() == 0:
+            return z.new_empty(batch)
         # Without keepdim the stereographic models multiply every point with every other.
-        value = manifold.inner(x, u, v, keepdim=True)
-        return value.reshape(x.shape[: x.ndim - manifold.ndim])
+        return manifold.inner(z, u, v, keepdim=True).reshape(batch)
 
     def norm(self, x: Tensor, u: Tensor) -> Tensor:
         """Norm of a tangent vector, (*b,)."""
@@ -202,55 +228,35 @@ class Geoopt(Manifold):
     @full_precision
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """y = retr(x, u) for a tangent u; where u is zero y is x bit for bit."""
-        x, u = _pair(x, u)
-        return _retracted(self._at(x), x, u)
+        z, u = _checked(x, u)
+        return _retracted(self._at(x), z, u).to(x.dtype) if x.numel() else x.clone()
 
     @full_precision
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
-        """geoopt's ``expmap``, which for some manifolds is their retraction."""
-        x, u = _pair(x, u)
-        return self._at(x).expmap(x, u)
+        """geoopt's ``expmap``, which for some manifolds is their retraction.
+
+        Raises:
+            ConfigError: geoopt has none, as on the Siegel spaces.
+        """
+        try:
+            return self._call("expmap", x, u)
+        except NotImplementedError:
+            raise ConfigError(f"geoopt has no exponential map of {self._at(x)}; use retract.") from None
 
     @full_precision
     def transport_vector(self, x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """v, tangent at x, as a tangent vector at y = retract(x, u)."""
-        return self._at(x).transp(x, y, v)
+        _checked(x, u)
+        return self._call("transp", x, y, v)
 
-    # The beats of the optimizer's step, on stacks (k, *shape)
+    # The beats of the optimizer's step, on stacks (k, *shape): geoopt's functions, without what the methods add to them
 
-    def stacked_gradient(
-        self, xs: Tall, gs: Tall, *, arriving: str = "factors", reduce: Reduce | None = None
-    ) -> Tensor:
-        """Overwrite the stacks gs by Riemannian gradients; returns the largest entries before and after."""
-        shown = _shown(gs)
-        for x, g in zip(xs, gs, strict=True):
-            g.copy_(self._at(x).egrad2rgrad(x, g))
-        return torch.maximum(shown, _shown(gs))
-
-    def stacked_overlap(self, xs: Tall, ms: Tall, reduce: Reduce | None = None) -> Tensor:
-        """Overwrite the moved points ms by displacements; returns their largest entries."""
-        subtract_points(xs, ms)
-        return _shown(ms)
-
-    def stacked_move(
-        self,
-        xs: Tall,
-        ms: Tall,
-        e: Tensor,
-        scales: Sequence[float],
-        *,
-        drift: float,
-        reduce: Reduce | None = None,
-    ) -> list[OpenSum]:
-        """Scale and project the displacements that `stacked_overlap` left in ms, and retract them."""
-        return [(self._moved(x, d * s), None) for x, d, s in zip(xs, ms, scales, strict=True)]
+    def _converted(self, x: Tensor, g: Tensor) -> Tensor:
+        return self._at(x).egrad2rgrad(x, g)
 
     def _moved(self, x: Tensor, d: Tensor) -> Tensor:
         manifold = self._at(x)
-        y = _retracted(manifold, x, manifold.proju(x, d), still=d)
-        if host_can_look(y) and not bool(torch.isfinite(y).all()):
-            raise StepError(f"{manifold} cannot retract so long a step; lower the learning rate or clip")
-        return y
+        return _retracted(manifold, x, manifold.proju(x, d), still=d)
 
     def stacked_transporter(
         self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
@@ -264,10 +270,6 @@ class Geoopt(Manifold):
 
         return Carrier(carry)
 
-    def stacked_distance(self, xs: Tall, ys: Tall, reduce: Reduce | None = None) -> float:
-        """Sum of ||y - x||_F^2."""
-        return sum((y - x).abs().square().sum().item() for x, y in zip(xs, ys, strict=True))
-
 
 def _own_dims(manifold: Any, x: Tensor) -> tuple[int, ...]:
     """The dimensions of one point; those before them are a batch."""
@@ -280,18 +282,24 @@ def _retracted(manifold: Any, x: Tensor, u: Tensor, still: Tensor | None = None)
     return torch.where(zero.all(_own_dims(manifold, x), keepdim=True), x, manifold.retr(x, u))
 
 
-def _pair(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    check_pair("x", x, "the vector", u)
-    return _lifted(x), _lifted(u)
+def _batch(manifold: Any, x: Tensor) -> torch.Size:
+    """The dimensions before those of one point."""
+    return x.shape[: x.ndim - manifold.ndim]
+
+
+def _checked(x: Tensor, *vectors: Tensor) -> list[Tensor]:
+    """All in the compute dtype.
+
+    Raises:
+        ShapeError: a vector is not like the point.
+    """
+    for v in vectors:
+        check_pair("x", x, "the vector", v)
+    return [_lifted(t) for t in (x, *vectors)]
 
 
 def _lifted(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
-
-
-def _shown(stacks: Tall) -> Tensor:
-    """The largest entry of every parameter, (B, 1, 1), in which NaN and Inf show."""
-    return torch.cat([t.abs().reshape(len(t), -1).amax(1) for t in stacks])[:, None, None]
 
 
 @reads("geoopt")
@@ -306,7 +314,7 @@ def from_geoopt(manifold: Any, *, transport: str = "none") -> Geoopt | None:
         The manifold for a group's key "manifold"; None, which is no constraint, for ``geoopt.Euclidean``.
 
     Raises:
-        ConfigError: not a manifold of geoopt.
+        ConfigError: not a manifold of geoopt. UnknownNameError: an unknown transport.
     """
     if not isinstance(manifold, theirs.Manifold):
         raise ConfigError(

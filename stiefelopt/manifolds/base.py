@@ -6,10 +6,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnknownNameError
+from ..errors import ConfigError, StepError, UnknownNameError
+from ..gram import Tall, largest_entries, subtract_points
 from ..registry import Registry
+from ..retractions import OpenSum
+from ..shapes import check_returned
+from ..transforms import host_can_look
 
 M = TypeVar("M", bound="Manifold")
 T = TypeVar("T")
@@ -56,6 +61,10 @@ def carrier_from(
 @dataclasses.dataclass(frozen=True)
 class Manifold:
     """Base of the manifolds. A subclass is a frozen dataclass whose fields are strings and numbers.
+
+    A manifold of one's own needs the methods that all others have (API: check, residual, gradient, project_tangent,
+    retract, ...), batched. The optimizer's step is then made of gradient, project_tangent and retract, and of
+    transport_vector where it has an option ``transport`` that is not "none": neither fused nor sharded.
 
     Attributes:
         parts: how many parameters make a point, listed one after the other in a group.
@@ -112,6 +121,86 @@ class Manifold:
         """
         return type(self).__name__
 
+    # The beats of the optimizer's step, on stacks of several heights, by the methods for single points
+
+    def stacked_gradient(self, xs: Tall, gs: Tall, *, arriving: str = "factors") -> Tensor:
+        """Overwrite the stacks gs by Riemannian gradients; returns the largest entries before and after, (B, 1, 1)."""
+        shown = _shown(gs)
+        for x, g in zip(xs, gs, strict=True):
+            g.copy_(self._converted(x, g))
+        return torch.maximum(shown, _shown(gs))
+
+    def stacked_overlap(self, xs: Tall, ms: Tall) -> Tensor:
+        """Overwrite the moved points ms by displacements; returns their largest entries, (B, 1, 1)."""
+        subtract_points(xs, ms)
+        return _shown(ms)
+
+    def stacked_move(
+        self,
+        xs: Tall,
+        ms: Tall,
+        e: Tensor,
+        scales: Sequence[float],
+        *,
+        drift: float,
+    ) -> list[OpenSum]:
+        """Scale and project the displacements that `stacked_overlap` left in ms, and retract them: the new points.
+
+        Raises:
+            StepError: a new point is not finite.
+        """
+        ys = [self._moved(x, d * s) for x, d, s in zip(xs, ms, scales, strict=True)]
+        for y in ys:
+            if host_can_look(y) and not bool(torch.isfinite(y).all()):
+                raise StepError(f"{self} cannot retract so long a step; lower the learning rate or clip")
+        return [(y, None) for y in ys]
+
+    def _converted(self, x: Tensor, g: Tensor) -> Tensor:
+        """The Riemannian gradient; g may be overwritten."""
+        return self._own("gradient", x, g)
+
+    def _moved(self, x: Tensor, d: Tensor) -> Tensor:
+        """The new points of displacements d that need not be tangent; x bit for bit where a parameter has not moved."""
+        y = self._own("retract", x, self._own("project_tangent", x, d))
+        still = (d == 0).flatten(1).all(1).view(-1, *[1] * (d.ndim - 1))
+        return torch.where(still, x, y)
+
+    def stacked_transporter(self, xs: Tall, ms: Tall, scales: Sequence[float]) -> Carrier | None:
+        """What carries first moments to the new points; None where there is no transport."""
+        if getattr(self, "transport", "none") == "none":
+            return None
+        us = [self._own("project_tangent", x, d * s) for x, d, s in zip(xs, ms, scales, strict=True)]
+
+        def carry(index: Sequence[int], ys: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
+            return [
+                self._own("transport_vector", xs[i], us[i], y, v)
+                for i, y, v in zip(index, ys, vs, strict=True)
+            ]
+
+        return Carrier(carry)
+
+    def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
+        """Refused: which direction is the spectral one, the manifold must say itself.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"direction='spectral' needs a manifold that has stacked_spectral, and {type(self).__name__} has none; "
+            f"leave 'direction' out of its group."
+        )
+
+    def stacked_distance(self, xs: Tall, ys: Tall) -> float:
+        """Sum of ||y - x||_F^2."""
+        return sum((y - x).abs().square().sum().item() for x, y in zip(xs, ys, strict=True))
+
+    def _own(self, method: str, x: Tensor, *vectors: Tensor) -> Tensor:
+        """The result of a method of the subclass, on stacks."""
+        found = getattr(self, method)(x, *vectors)
+        return check_returned(
+            type(self).__name__, method, found, x.shape, "it is called with stacks, (B, n, p)"
+        )
+
     def replace(self: M, **changes: Any) -> M:
         """A copy with some options changed, for example ``m.replace(retraction="qr")``."""
         try:
@@ -143,8 +232,18 @@ class Manifold:
         return spec
 
 
+def _shown(stacks: Tall) -> Tensor:
+    """The largest entry of every parameter, (B, 1, 1), in which NaN and Inf show."""
+    return torch.cat([largest_entries(t) for t in stacks])[:, None, None]
+
+
 def register(name: str) -> Callable[[type[M]], type[M]]:
-    """Class decorator that adds a manifold; the class name must equal the registered name."""
+    """Class decorator that adds a manifold; the class name must equal the registered name.
+
+    Raises:
+        ConfigError: not a name, or one that is taken or not the class's.
+    """
+    _registry.check_name(name)
 
     def add(cls: type[M]) -> type[M]:
         if name != cls.__name__:

@@ -26,10 +26,12 @@ from ..gram import (
     subtract_points,
     zero_matrices,
 )
+from ..matfun import safe_root
 from ..rank_retractions import Factors
 from ..rank_transports import Turn, spread, transported
+from ..registry import check_word
 from ..retractions import OpenSum
-from ..shapes import check_matrix, check_pair, compute_dtype
+from ..shapes import as_sizes, check_matrix, check_pair, compute_dtype
 from .base import Carrier, Manifold, carrier_from, register
 from .stiefel import Stiefel
 
@@ -81,10 +83,7 @@ class FixedRank(Manifold):
 
     def __post_init__(self) -> None:
         rank_retractions.get(self.retraction)
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(
-                f"FixedRank(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
-            )
+        check_word("transport", self.transport, TRANSPORTS)
         if not (isinstance(self.floor, (int, float)) and 0 <= self.floor < 1):
             raise ConfigError(
                 f"FixedRank(floor={self.floor!r}); a number in [0, 1) is needed, for example 1e-3."
@@ -264,7 +263,7 @@ class FixedRank(Manifold):
 
     def norm(self, x: USV, u: USV) -> Tensor:
         """Norm of a tangent vector, the Frobenius norm of the dense matrix, (*b,)."""
-        return self.inner(x, u, u).sqrt()
+        return safe_root(self.inner(x, u, u))
 
     # Motion
 
@@ -525,12 +524,7 @@ def _as_usv(name: str, x: object) -> USV:
 
 def _as_shape(shape: tuple[Any, ...], rank: object) -> tuple[int, ...]:
     """(m, n) or ((m, n),), with a rank that fits."""
-    if len(shape) == 1 and not isinstance(shape[0], int):
-        shape = tuple(shape[0])
-    if len(shape) < 2:
-        raise ShapeError(
-            f"the shape {shape} has fewer than two dimensions; give (*b, m, n), for example (64, 32)."
-        )
+    shape = as_sizes(shape, "(*b, m, n), for example (64, 32)")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(shape[-2:]):
         raise ShapeError(
             f"the rank is {rank!r}; (*b, m, n) = {shape} takes an integer from 1 to {min(shape[-2:])}."

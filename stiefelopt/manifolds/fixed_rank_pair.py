@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, keep_where, scale_displacements, subtract_points, zero_matrices
+from ..matfun import safe_root
 from ..rank_pairs import (
     Frame,
     Overlap,
@@ -27,6 +28,7 @@ from ..rank_pairs import (
     times,
     transported,
 )
+from ..registry import check_word
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype
 from .base import Carrier, Manifold, carrier_from, register
@@ -63,7 +65,7 @@ class FixedRankPair(Manifold):
             there are any (Adam's), are carried along as variances.
 
     Raises:
-        ConfigError: an unknown transport.
+        UnknownNameError: an unknown transport.
 
     Accuracy: where a factor has singular value s, in units of its largest, the coordinates of a gradient are right to
         eps / s, and elsewhere not touched by it, but for Y, which knows V to eps times the condition number of A; with
@@ -80,10 +82,7 @@ class FixedRankPair(Manifold):
     transport: str = "projection"
 
     def __post_init__(self) -> None:
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(
-                f"FixedRankPair(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
-            )
+        check_word("transport", self.transport, TRANSPORTS)
 
     # Points
 
@@ -198,7 +197,7 @@ class FixedRankPair(Manifold):
 
     def norm(self, x: AB, u: AB) -> Tensor:
         """Norm of a tangent vector, the Frobenius norm of the dense matrix, (*b,)."""
-        return self.inner(x, u, u).sqrt()
+        return safe_root(self.inner(x, u, u))
 
     # Motion
 

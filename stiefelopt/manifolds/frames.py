@@ -15,9 +15,9 @@ from .. import metrics, projections, retractions, transports
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, identity_like, keep_where, split, squared_norm, unmoved_matrices
-from ..matfun import inverse_symmetric_root
+from ..matfun import inverse_symmetric_root, safe_root
 from ..retractions import OpenSum, close, normalize
-from ..shapes import as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
+from ..shapes import as_sizes, as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
 from .base import Carrier, Manifold
 
 
@@ -188,7 +188,7 @@ class Frames(Manifold):
 
     def norm(self, x: Tensor, u: Tensor) -> Tensor:
         """Norm of a tangent vector in the metric, (*b,)."""
-        return self.inner(x, u, u).clamp_min(0).sqrt()
+        return safe_root(self.inner(x, u, u))
 
     # Motion
 
@@ -264,9 +264,12 @@ class Frames(Manifold):
             reduce: sums a batch over ranks.
             judge: of the new points, a mask (B,) of those to be left where they were, if the manifold `is_contained`;
                 the result then lies in ms.
+
+        Raises:
+            StepError: the displacement cannot be retracted, or a retraction of one's own left the manifold.
         """
         still = unmoved_matrices(xs, ms, e, drift, reduce)
-        ys = self._moved(xs, ms, e, scales, reduce)
+        ys = self._new_points(xs, ms, e, scales, reduce)
         if judge is not None:
             news = close(ys)
             unfit = judge(news)
@@ -274,7 +277,7 @@ class Frames(Manifold):
             return [(y, None) for y in keep_where(still, xs, news, out=ms)]
         return ys if still is None else [(y, None) for y in keep_where(still, xs, close(ys))]
 
-    def _moved(
+    def _new_points(
         self, xs: Tall, ms: Tall, e: Tensor, scales: Sequence[float], reduce: Reduce | None
     ) -> list[OpenSum]:
         """The new points, but for x bit for bit where nothing has moved."""
@@ -288,7 +291,9 @@ class Frames(Manifold):
         ds = _scaled_displacements(xs, ms, scales, out=ms)
         if projection is not None:
             ds = projection.apply(xs, ds, reduce=reduce, out=ds)
-        return [(y, None) for y in retraction.apply(xs, ds, reduce=reduce)]
+        ys = retraction.apply(xs, ds, reduce=reduce)
+        retraction.check_points(ys)
+        return [(y, None) for y in ys]
 
     def square_of_points(self, shape: tuple[int, ...]) -> int:
         """p."""
@@ -355,15 +360,10 @@ def _projected(xs: Tall, ms: Tall, normal: Tensor, scales: Sequence[float]) -> l
 
 
 def as_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
-    """(n, p) or ((n, p),), as in torch.randn."""
-    if len(shape) == 1 and not isinstance(shape[0], int):
-        shape = tuple(shape[0])
-    if len(shape) >= 2 and not (shape[-2] >= shape[-1] >= 1 and min(shape) >= 0):
+    """(n, p) or ((n, p),), as in torch.randn, with n >= p >= 1."""
+    found = as_sizes(shape, "(*b, n, p) with n >= p >= 1, for example (64, 8)")
+    if not found[-2] >= found[-1] >= 1:
         raise ShapeError(
-            f"the shape {tuple(shape)} is not (*b, n, p) with n >= p >= 1; swap the last two of a wide one."
+            f"the shape {found} is not (*b, n, p) with n >= p >= 1; swap the last two of a wide one."
         )
-    if len(shape) < 2:
-        raise ShapeError(
-            f"the shape {shape} has fewer than two dimensions; give (*b, n, p), for example (64, 8)."
-        )
-    return shape
+    return found

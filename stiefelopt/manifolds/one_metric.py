@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import retractions
-from ..errors import ConfigError
+from ..registry import check_word
 from .base import Manifold
 
 TRANSPORTS = ("none", "projection")
@@ -28,17 +28,9 @@ class OneMetric(Manifold):
     transport: str = "none"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if isinstance(self.retraction, str):
-            retractions.get(self.retraction)
-        elif not callable(self.retraction):
-            raise ConfigError(
-                f"{name}(retraction={self.retraction!r}): a registered name is needed, one of {retractions.names()}."
-            )
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(
-                f"{name}(transport={self.transport!r}); use {' or '.join(map(repr, TRANSPORTS))}."
-            )
+        retraction = retractions.as_option(type(self).__name__, self.retraction)
+        object.__setattr__(self, "retraction", retraction)
+        check_word("transport", self.transport, TRANSPORTS)
 
     @property
     def retraction_part(self) -> retractions.Retraction:

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import metrics, projections
 from ..errors import NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
-from ..transforms import under_transform
+from ..shapes import check_matrix, on_stacks
+from ..svd_factor import rotation_factor, turned
 from .base import register
 from .frames import Frames, as_shape
 from .one_metric import OneMetric
@@ -45,7 +46,35 @@ class SpecialOrthogonal(OneMetric, Frames):
         return projections.tangent
 
     def _dim(self, n: int, p: int) -> int:
+        _check_square((n, p))
         return n * (n - 1) // 2
+
+    def residual(self, x: Tensor) -> Tensor:
+        """max |x^T x - I| of every matrix, (*b,), in the compute dtype.
+
+        Raises:
+            ShapeError: not square.
+        """
+        _check_square(check_matrix("x", x).shape)
+        return super().residual(x)
+
+    def retract(self, x: Tensor, u: Tensor) -> Tensor:
+        """The point y = R(x, u) for a tangent u; R(x, 0) is x bit for bit.
+
+        Raises:
+            ShapeError: not square. StepError: u is too long to be retracted.
+        """
+        _check_square(check_matrix("x", x).shape)
+        return super().retract(x, u)
+
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """x expm(x^T u).
+
+        Raises:
+            ShapeError: not square.
+        """
+        _check_square(check_matrix("x", x).shape)
+        return super().exp(x, u)
 
     @full_precision
     def check(self, x: Tensor) -> None:
@@ -55,7 +84,6 @@ class SpecialOrthogonal(OneMetric, Frames):
             ShapeError: not square. NotOnManifoldError: not orthogonal, or a reflection.
         """
         super().check(x)
-        _check_square(x.shape)
         if x.numel() and not bool((torch.linalg.det(x.detach().double()) > 0).all()):
             raise NotOnManifoldError(
                 "x has determinant -1, and no step leads from a reflection to a rotation: use project_point(x), or "
@@ -65,30 +93,22 @@ class SpecialOrthogonal(OneMetric, Frames):
     def random_point(self, *shape: int, **options: Any) -> Tensor:
         """A rotation (*b, n, n), uniform in the Haar measure."""
         _check_square(as_shape(shape))
-        return _turned(super().random_point(*shape, **options))
+        return turned(super().random_point(*shape, **options))
 
-    @full_precision
     def project_point(self, z: Tensor) -> Tensor:
         """The nearest rotation: U diag(1, ..., 1, det U V^T) V^T of the SVD z = U D V^T.
 
+        Where several are nearest, as to a reflection whose two smallest singular values are equal, one of them, without
+        a derivative.
+
+        Raises:
+            ShapeError: not square. NotOnManifoldError: z is not finite.
+
         Reference: Umeyama (1991), lemma.
         """
-        y = super().project_point(z)
+        projections.check_finite(z)
         _check_square(z.shape)
-        reflected = torch.linalg.det(y.double()) < 0
-        if not under_transform() and not bool(reflected.any()):
-            return y
-        u, _, vh = torch.linalg.svd(z.double())
-        return torch.where(reflected[..., None, None], _turned(u, vh).to(z.dtype), y)
-
-
-def _turned(u: Tensor, vh: Tensor | None = None) -> Tensor:
-    """u vh, with the last column of u turned around where that is a reflection."""
-    x = u if vh is None else u @ vh
-    sign = torch.linalg.det(x.double()).sign().to(u.dtype)[..., None]
-    signs = torch.cat((torch.ones_like(x[..., 0, 1:]), sign), -1)
-    turned = u * signs[..., None, :]
-    return turned if vh is None else turned @ vh
+        return on_stacks(rotation_factor, z=z)
 
 
 def _check_square(shape: Any) -> None:

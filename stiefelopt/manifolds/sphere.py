@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..errors import NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall
+from ..matfun import safe_root
 from ..retractions import OpenSum, close
-from ..shapes import check_matrix, check_pair, compute_dtype
+from ..shapes import as_sizes, check_matrix, check_pair, compute_dtype
 from .base import Carrier, register
 from .one_metric import OneMetric
 from .stiefel import Stiefel
@@ -87,11 +88,7 @@ class UnitVectors(OneMetric):
 
     def random_point(self, *shape: int, **options: Any) -> Tensor:
         """A point (*b, n, p), uniform."""
-        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if len(shape) < 2:
-            raise ShapeError(
-                f"the shape {shape} has fewer than two dimensions; give (*b, n, p), (n, 1) for a vector."
-            )
+        shape = _as_shape(shape)
         seen = self._seen(torch.empty(shape, device="meta"))
         return self._back(self._one.random_point(*seen.shape, **options), torch.Size(shape))
 
@@ -101,7 +98,7 @@ class UnitVectors(OneMetric):
 
     def dim(self, *shape: int) -> int:
         """Dimension of the manifold of points (*b, n, p)."""
-        return self._one.dim(*self._seen(torch.empty(*shape, device="meta")).shape)
+        return self._one.dim(*self._seen(torch.empty(_as_shape(shape), device="meta")).shape)
 
     # Tangent vectors
 
@@ -134,7 +131,7 @@ class UnitVectors(OneMetric):
 
     def norm(self, x: Tensor, u: Tensor) -> Tensor:
         """Frobenius norm of a tangent vector, (*b,)."""
-        return self.inner(x, u, u).clamp_min(0).sqrt()
+        return safe_root(self.inner(x, u, u))
 
     # Motion
 
@@ -224,6 +221,15 @@ class UnitVectors(OneMetric):
     def _per_matrix(self, small: Tensor, xs: Tall) -> Tensor:
         """(sum of b k, 1, 1) as (B, k, 1)."""
         return small.reshape(sum(len(x) for x in xs), -1, 1)
+
+
+def _as_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
+    """(n, p) or ((n, p),), with n >= 1 and p >= 1."""
+    form = "(*b, n, p) with n, p >= 1, (n, 1) for a vector"
+    found = as_sizes(shape, form)
+    if min(found[-2:]) < 1:
+        raise ShapeError(f"the shape {found} has no entries to be of norm 1; give {form}.")
+    return found
 
 
 @register("Sphere")

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .base import register
 from .frames import Frames
 
-_FAMILIES = {"metric": metrics, "retraction": retractions, "transport": transports, "projection": projections}
+_FAMILIES = {"metric": metrics, "transport": transports, "projection": projections}
 
 
 @register("Stiefel")
@@ -31,6 +31,8 @@ class Stiefel(Frames):
 
     Raises:
         UnknownNameError: a name that is not registered.
+        ConfigError: an option that is no name; a retraction that is no function, cannot be hashed, or does not serve
+            the metric.
     """
 
     metric: str = "canonical"
@@ -39,15 +41,15 @@ class Stiefel(Frames):
     projection: str = "tangent"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "retraction", retractions.as_option("Stiefel", self.retraction))
         for option, family in _FAMILIES.items():
             value = getattr(self, option)
-            if isinstance(value, str):
-                if value != "none" or option not in ("transport", "projection"):
-                    family.get(value)
-            elif option != "retraction" or not callable(value):
+            if not isinstance(value, str):
                 raise ConfigError(
                     f"Stiefel({option}={value!r}): a registered name is needed, one of {family.names()}."
                 )
+            if value != "none" or option == "metric":
+                family.get(value)
 
         known = self._metrics_of_retraction()
         if known and self.metric not in known:
