@@ -114,6 +114,11 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
     )
     if placement.manifold.held == "tensor":
         return _as_tensor(placement, given)
+    if placement.direction == "spectral" and not hasattr(placement.manifold, "stacked_spectral"):
+        raise ConfigError(
+            f"direction='spectral' needs a manifold that has stacked_spectral, and {type(placement.manifold).__name__} "
+            f"has none; leave 'direction' out of its group."
+        )
     return _of_several(placement) if placement.manifold.parts > 1 else _as_matrix(placement, given)
 
 

@@ -179,17 +179,6 @@ class Manifold:
 
         return Carrier(carry)
 
-    def stacked_spectral(self, xs: Tall, ms: Tall, e: Tensor, rates: Sequence[float]) -> Tensor:
-        """Refused: which direction is the spectral one, the manifold must say itself.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"direction='spectral' needs a manifold that has stacked_spectral, and {type(self).__name__} has none; "
-            f"leave 'direction' out of its group."
-        )
-
     def stacked_distance(self, xs: Tall, ys: Tall) -> float:
         """Sum of ||y - x||_F^2."""
         return sum((y - x).abs().square().sum().item() for x, y in zip(xs, ys, strict=True))
