@@ -2,8 +2,8 @@
 
 torch's fake tensors run every operation without numbers: reading one is an error, so is a product of tensors on two
 devices. Their device is one that torch makes up for backends written in Python. Prints, as JSON, what was wrong with
-each case ("" where nothing was), which operations wait for the device on CUDA, and how many passes over the parameters
-the step makes.
+each case ("" where nothing was), which operations wait for the device on CUDA, how many passes over the parameters the
+step makes, and whether it computes in float64, which not every device has.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self.touched = 0
+        self.touched, self.doubles = 0, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,11 +63,10 @@ class Watch(TorchDispatchMode):
         if name in WAITS or (to_host and args[0].device.type != "cpu"):
             self.found.add(name)
         out = func(*args, **kwargs)
+        tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}.values()
         if not (func.is_view or name in ("empty", "empty_like", "new_empty", "detach", "device")):
-            touched = {
-                id(t): t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)
-            }
-            self.touched += sum(touched.values())
+            self.touched += sum(t.numel() for t in tensors)
+        self.doubles |= any(t.dtype == torch.float64 and t.device.type != "cpu" for t in tensors)
         return out
 
 
@@ -163,8 +162,8 @@ CASES: dict[str, Callable[[], Made]] = {
 }
 
 
-def tried(make: Callable[[], Made]) -> tuple[str, list[str], float]:
-    """Two steps: what was wrong, what waits, and the passes over the parameters that the second one makes."""
+def tried(make: Callable[[], Made]) -> tuple[str, list[str], float, bool]:
+    """Two steps: what was wrong, what waits, the passes that the second one makes, and whether in float64."""
     with FakeTensorMode():
         params, optimizer = make()
         for p in params:
@@ -176,8 +175,9 @@ def tried(make: Callable[[], Made]) -> tuple[str, list[str], float]:
             with second:
                 optimizer.step()
         except Exception as error:
-            return f"{type(error).__name__}: {error}", [], 0.0
-    return "", sorted(first.found | second.found), second.touched / sum(p.numel() for p in params)
+            return f"{type(error).__name__}: {error}", [], 0.0, False
+    passes = second.touched / sum(p.numel() for p in params)
+    return "", sorted(first.found | second.found), passes, first.doubles or second.doubles
 
 
 def main() -> None:

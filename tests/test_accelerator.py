@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,9 +32,18 @@ DECOMPOSED = (
 LAPACK = {"_linalg_svd", "_linalg_eigh", "linalg_matrix_exp"}
 
 
+class Tried(NamedTuple):
+    """What accelerator_cases.py says of a case: what was wrong, what waits, passes over the parameters, float64."""
+
+    error: str
+    waits: list[str]
+    passes: float
+    doubles: bool
+
+
 @pytest.fixture(scope="module")
-def pretended() -> dict[str, tuple[str, list[str], float]]:
-    """Case -> what was wrong, what waits, and passes over the parameters."""
+def pretended() -> dict[str, Tried]:
+    """What was tried, by name."""
     root = str(CASES.parents[1])
     done = subprocess.run(
         [sys.executable, str(CASES)],
@@ -44,24 +53,39 @@ def pretended() -> dict[str, tuple[str, list[str], float]]:
         env={**os.environ, "PYTHONPATH": root},
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return {name: Tried(*found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def test_no_step_waits_for_the_device(pretended: dict[str, tuple[str, list[str], float]]) -> None:
-    wrong = {name: error for name, (error, _, _) in pretended.items() if error}
+def test_no_step_waits_for_the_device(pretended: dict[str, Tried]) -> None:
+    wrong = {name: found.error for name, found in pretended.items() if found.error}
     assert list(wrong) == ["restore"]
     assert "DataDependent" in wrong["restore"]  # so a look is seen
     assert len(pretended) >= 20
-    waiting = {name: set(waits) for name, (_, waits, _) in pretended.items() if waits}
+    waiting = {name: set(found.waits) for name, found in pretended.items() if found.waits}
     assert set(waiting) == set(DECOMPOSED)
     assert set.union(*waiting.values()) <= LAPACK
 
 
-def test_passes_over_the_parameters(pretended: dict[str, tuple[str, list[str], float]]) -> None:
+def test_passes_over_the_parameters(pretended: dict[str, Tried]) -> None:
     """As many tensors touched as today: what an accelerator's step costs where memory is what it waits for."""
-    beyond = pretended["tall"][2] - pretended["bare AdamW"][2]
+    beyond = pretended["tall"].passes - pretended["bare AdamW"].passes
     assert beyond <= 29.7
     assert beyond >= 20  # and they are counted
+
+
+def test_no_float64_where_none_is_needed(pretended: dict[str, Tried]) -> None:
+    """MPS has none."""
+    single = (
+        "stiefel",
+        "stiefel qr",
+        "stiefel newton_schulz",
+        "stiefel none",
+        "Grassmann",
+        "Sphere",
+        "StelLALinear",
+    )
+    assert [name for name in single if pretended[name].doubles] == []
+    assert pretended["fixed rank"].doubles  # so it is seen
 
 
 class Event:
