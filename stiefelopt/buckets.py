@@ -239,7 +239,7 @@ class Bucket:
         they are now. The gradient's is NaN once ``.grad`` is gone.
         """
         manifold: Any = self.manifold
-        ys = [s.gather_tall(s.params) for s in self.stacks]
+        ys = [s.moved() for s in self.stacks]
         moved = manifold.stacked_distance(self.xs, ys, **self._sharded)
         grads = [[p.grad for p in s.params] for s in self.stacks]
         if any(g is None for gs in grads for g in gs):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .transforms import host_can_look, is_differentiated
+from .transforms import host_can_look, is_differentiated, under_transform
 
 Tall = Sequence[Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -146,8 +146,7 @@ def mix(*terms: tuple[Tall, Tensor], start: Tall | None = None, out: Tall | None
     Args:
         terms: stacks (b, n, p) with their factors (B, p, p); two or more.
         start: stacks that the sum begins with.
-        out: stacks to write to; they may be the start or those of any term but the last. Without them every term takes
-            new memory, which derivatives need.
+        out: stacks to write to; they may be the start or those of any term but the last.
 
     Cost: 2 n p^2 flops per matrix and term.
     """
@@ -155,8 +154,9 @@ def mix(*terms: tuple[Tall, Tensor], start: Tall | None = None, out: Tall | None
     sums = []
     for k, x in enumerate(first):
         total = torch.bmm(x, s[k]) if start is None else torch.baddbmm(start[k], x, s[k])
+        ours = out is not None or not (is_differentiated(total) or under_transform())
         for xs, pieces in middle:
-            total = torch.baddbmm(total, xs[k], pieces[k], out=None if out is None else total)
+            total = torch.baddbmm(total, xs[k], pieces[k], out=total if ours else None)
         sums.append(torch.baddbmm(total, last[k], t[k], out=None if out is None else out[k]))
     return sums
 

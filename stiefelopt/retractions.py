@@ -189,7 +189,9 @@ class Retraction:
         return keep_where(zero, fixed, ys)
 
     def check_points(self, ys: Tall) -> None:
-        """Refuse results of somebody's own code that are far from orthonormal, before a parameter holds them.
+        """Refuse results of somebody's own code that are seen to be no points, before a parameter holds them.
+
+        What is looked at is the length of the sum of the columns: most that leaves the manifold shows in it, not all.
 
         Raises:
             StepError: they are, as seen on the CPU.
@@ -204,7 +206,7 @@ class Retraction:
                 off = (c - identity_like(c)).abs().amax().item()
                 raise StepError(
                     f"retraction {self.name!r} left the manifold, |y^T y - I| = {off:.2g}; it has to return "
-                    f"orthonormal columns, as torch.linalg.qr(x + u)[0] has"
+                    f"orthonormal columns, as torch.linalg.qr(x + u)[0] has, or needs shorter steps (lower lr)"
                 )
 
     def _ambient(self, x: Tensor, u: Tensor) -> Tensor:
@@ -540,3 +542,7 @@ def svd(x: Tensor, u: Tensor) -> Tensor:
         raise StepError(
             f"x + u has no SVD, most likely because it is not finite ({error}); clip the gradient."
         ) from None
+
+
+# Of which nothing but products and Cholesky factors are made, so that NaN in one matrix stays there.
+CONTAINED = frozenset(names()) - {"svd"}

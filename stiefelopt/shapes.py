@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -40,13 +41,17 @@ def as_sizes(shape: tuple[object, ...], form: str) -> tuple[int, ...]:
     Raises:
         ShapeError: fewer than two dimensions, or a size that is no number from 0 on.
     """
-    if len(shape) == 1 and isinstance(shape[0], Sequence):
+    if len(shape) == 1 and isinstance(shape[0], Iterable):
         shape = tuple(shape[0])
     if len(shape) < 2:
         raise ShapeError(f"the shape {shape} has fewer than two dimensions; give {form}.")
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
+    try:  # numpy's integers, too, and sizes that are being traced
+        sizes = tuple(size if isinstance(size, torch.SymInt) else index(size) for size in shape)  # type: ignore[arg-type]
+    except TypeError:
+        sizes = (-1,)
+    if not all(size >= 0 for size in sizes):
         raise ShapeError(f"the shape {shape} has a size that is no integer from 0 on; give {form}.")
-    return shape  # type: ignore[return-value]
+    return sizes  # type: ignore[return-value]
 
 
 def check_matrix(name: str, x: object, *, wide: bool = False) -> Tensor:

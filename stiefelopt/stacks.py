@@ -269,6 +269,10 @@ class Stack:
         self._gather(tensors, space)
         return self._tall(space)
 
+    def moved(self) -> Tensor:
+        """Where the points are now, as a new stack (b, n, p); the masters', from which a step starts."""
+        return self.gather_tall(self._masters.values() if self._masters else self.params)
+
     def own_tall(self, tall: Tensor) -> Tensor:
         """What this rank stores of a stack (b, n, p)."""
         return tall if self._shards is None else self._shards.own(tall)

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from stiefelopt import FixedRank, RiemannianWrapper, Riemannion, StepError, Stiefel, alarm, attach, transforms
+from stiefelopt import (
+    FixedRank,
+    RiemannianWrapper,
+    Riemannion,
+    StepError,
+    Stiefel,
+    alarm,
+    attach,
+    retractions,
+    transforms,
+)
 from stiefelopt.manifolds import Oblique, SpecialOrthogonal, Sphere
 
 CASES = Path(__file__).with_name("accelerator_cases.py")
@@ -329,3 +339,30 @@ def test_a_master_stays_in_its_memory() -> None:
         seen.add(wrapped.state[x]["master"].data_ptr())
     assert len(seen) == 1
     assert Stiefel().residual(wrapped.state[x]["master"]) < 1e-6
+
+
+@pytest.mark.usefixtures("scratch_registries")
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_somebody_elses_part_sees_no_nan(nonfinite: str, blind: Callable[[], None]) -> None:
+    """LAPACK, which a part of one's own may call, stumbles over it."""
+
+    @retractions.register("by_eigenvalues")
+    def by_eigenvalues(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(torch.eye(w.shape[-1], dtype=q.dtype) + w + w.mT + q)
+        root = (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
+        return root, root
+
+    class Bursting(SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+            return loss
+
+    blind()
+    problem = Problem(Stiefel(retraction="by_eigenvalues"))
+    wrapped = problem.wrap(Bursting, nonfinite=nonfinite)
+    problem.gradients()
+    before = problem.values()
+    wrapped.step()
+    assert [torch.equal(a, b) for a, b in zip(before, problem.values(), strict=True)] == [True, False, False]
+    assert max(wrapped.residuals().values()) < 2e-6

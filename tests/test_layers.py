@@ -1248,3 +1248,29 @@ def test_nothing_is_folded_into_a_shared_base() -> None:
     with pytest.raises(ConfigError, match="reference_dim is 0"):
         StelLALinear(base, R, reference_dim=0)
     assert base.weight.requires_grad
+
+
+def test_all_that_cannot_be_adapted_is_named_at_once() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    for i in (0, 2):
+        torch.nn.utils.parametrizations.spectral_norm(model[i])
+    with pytest.raises(ConfigError, match=r"^0: .*exclude_modules=\['0', '2'\]"):
+        adapt(model, target_modules="all-linear", r=2)
+    adapt(model, target_modules="all-linear", exclude_modules=["0", "2"], r=2)
+
+
+def test_a_state_with_the_names_of_a_wrapper_is_loaded_into_that_wrapper() -> None:
+    """As they were saved before the wrappers' names were left out."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+
+    holders = Holder(), Holder()
+    for holder in holders:
+        adapt(holder.net, target_modules=["0"], modules_to_save=["1"], r=2)
+    state = adapter_state_dict(holders[0])
+    load_adapter_state_dict(holders[1], {f"net.{name}": t for name, t in state.items()})
+    again = adapter_state_dict(holders[1])
+    assert all(torch.equal(t, again[name]) for name, t in state.items())

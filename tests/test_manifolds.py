@@ -600,3 +600,22 @@ def test_the_laws_are_not_run_where_they_say_nothing() -> None:
         """At n x 1, where fits() says that they have one."""
 
     assert suite_of(Vectors()).case((5, 3), torch.float64, 1.0, 0).shape == (5, 1)
+
+
+@pytest.mark.parametrize("m", [Stiefel(), Grassmann(), Oblique()], ids=str)
+def test_sizes_are_numbers_of_any_kind(m: Any) -> None:
+    """As in torch.randn: numpy's integers, arrays and sizes of them, a torch.Size."""
+    import numpy as np
+
+    for shape in (
+        (np.int64(6), 2),
+        (np.array([6, 2]),),
+        (torch.Size([6, 2]),),
+        ([6, 2],),
+        (np.prod((2, 3)), 2),
+    ):
+        assert m.random_point(*shape).shape == (6, 2)
+        assert m.dim(*shape) == m.dim(6, 2)
+    for wrong in ((6.0, 2), (6, -2), ("6", 2)):
+        with pytest.raises(ShapeError):
+            m.dim(*wrong)

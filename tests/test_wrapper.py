@@ -2195,3 +2195,22 @@ def test_an_optimizer_that_clears_the_gradients_it_has_used_clears_the_users(dty
     x.grad = torch.ones_like(x)
     RiemannianWrapper(Clearing([{"params": [x], "manifold": Stiefel()}], lr=0.1)).step()
     assert x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lr", [1e-6, 1e-2])
+def test_the_displacement_is_that_of_the_masters(dtype: torch.dtype, lr: float) -> None:
+    """Not one end of the step rounded to half precision, which is more than a short step."""
+    x = parameter(64, 8, dtype=dtype)
+    optimizer = RiemannianWrapper(AdamW([{"params": [x], "manifold": Stiefel()}], lr=lr))
+    for step in range(3):
+        before = (
+            optimizer.state[x]["master"].clone()
+            if step and dtype != torch.float32
+            else x.detach().float().clone()
+        )
+        x.grad = torch.ones_like(x) * (step + 1)
+        optimizer.step()
+        after = optimizer.state[x]["master"] if dtype != torch.float32 else x.detach()
+        moved = (after - before).norm().item()
+        assert optimizer.diagnostics()["displacement_norm"] == pytest.approx(moved, rel=1e-4)

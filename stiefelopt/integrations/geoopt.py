@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from geoopt import manifolds as theirs
-except ImportError as error:
-    raise ImportError(f"geoopt is missing ({error}): pip install 'stiefelopt[geoopt]'") from error
+except ModuleNotFoundError as error:
+    way_out = f"geoopt is missing ({error}): pip install 'stiefelopt[geoopt]'"
+    raise ModuleNotFoundError(way_out, name=error.name) from error
 
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
@@ -168,16 +169,20 @@ class Geoopt(Manifold):
 
         Raises:
             ShapeError: points have other shapes.
+
+        Cost: a projection for each of the N entries of a point, N^2 numbers in pieces of 2^22.
         """
         self.check_shape("a point", torch.empty(shape))
         manifold = self._at(torch.empty(0))
         cut = len(shape) - manifold.ndim
         own = tuple(shape[cut:])
         x = self._drawn(own, seed=0)
-        basis = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *own)
-        basis = torch.cat((basis, 1j * basis)) if x.is_complex() else basis
-        trace = (manifold.proju(x.expand_as(basis), basis.clone()) * basis.conj()).real.sum()
-        return math.prod(shape[:cut]) * round(trace.item())
+        trace, units = 0.0, (1, 1j) if x.is_complex() else (1,)
+        for entries in torch.arange(x.numel()).split(max(1, 2**22 // max(1, x.numel()))):
+            for unit in units:
+                basis = unit * nn.functional.one_hot(entries, x.numel()).to(x.dtype).reshape(-1, *own)
+                trace += (manifold.proju(x.expand_as(basis), basis.clone()) * basis.conj()).real.sum().item()
+        return math.prod(shape[:cut]) * round(trace)
 
     # Tangent vectors
 

@@ -14,8 +14,9 @@ from .monitor import StepMonitor
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError as error:
-    raise ImportError(f"lightning is missing ({error}): pip install 'stiefelopt[lightning]'") from error
+except ModuleNotFoundError as error:
+    way_out = f"lightning is missing ({error}): pip install 'stiefelopt[lightning]'"
+    raise ModuleNotFoundError(way_out, name=error.name) from error
 
 
 class RiemannianCallback(Callback):

@@ -17,8 +17,9 @@ from .monitor import StepMonitor
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ImportError as error:
-    raise ImportError(f"transformers is missing ({error}): pip install 'stiefelopt[transformers]'") from error
+except ModuleNotFoundError as error:
+    way_out = f"transformers is missing ({error}): pip install 'stiefelopt[transformers]'"
+    raise ModuleNotFoundError(way_out, name=error.name) from error
 
 
 def riemannian(

@@ -79,15 +79,23 @@ def _sizes_of(found: Sequence[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
     """in_features and out_features of the modules to adapt; those that cannot be are refused by name."""
     names = {name for name, _ in found}
     sizes = []
+    refused = {}
     for name, module in found:
-        with _naming(name):
+        try:
             sizes.append(linear_sizes(module)[:2])
+        except ConfigError as error:
+            refused[name] = error
         outer = next((prefix for prefix in _prefixes(name) if prefix in names), name)
         if outer != name:
             raise ConfigError(
                 f"target_modules matches {outer} and {name} inside it; one of them is needed: name the other in "
                 f"exclude_modules."
             )
+    for name, reason in refused.items():
+        others = f" To leave out all that cannot be adapted: exclude_modules={list(refused)}." * (
+            len(refused) > 1
+        )
+        raise ConfigError(f"{name}: {reason}{others}")
     return sizes
 
 
@@ -287,8 +295,13 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         ConfigError: names or shapes differ, or a value is no tensor; nothing has changed.
     """
-    model = inside_wrappers(model)
+    given, model = model, inside_wrappers(model)
     layers, saved = _own_layers(model), saved_modules(model)
+    prefix = next((name for name, module in given.named_modules() if module is model), "")
+    if prefix and all(
+        key.startswith(f"{prefix}.") for key in state
+    ):  # saved when wrappers left their names in
+        state = _below(state, prefix)
     expected = set(adapter_state_dict(model))
     optional = {f"{name}.{k}" if name else k for name in layers for k in ("U0", "V0")}
     missing, unknown = expected - optional - set(state), set(state) - expected - optional

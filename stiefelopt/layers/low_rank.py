@@ -434,9 +434,9 @@ class LowRankLinear(nn.Module):
         change = saved.to(original) - original
         correction = self._oriented(self.scale * (u0.to(original) @ v0.to(original).T))
         kept, folded = change.abs().max(), (change + correction).abs().max()
-        if min(kept, folded) > 8 * torch.finfo(saved.dtype).eps * original.abs().max():
-            return self.folds
-        return bool(folded < kept)
+        rounding = 8 * torch.finfo(saved.dtype).eps * original.abs().max()
+        neither, either = min(kept, folded) > rounding, max(kept, folded) <= rounding
+        return self.folds if neither or either else bool(folded < kept)
 
     @torch.no_grad()
     def _refine(self, *was: torch.dtype) -> None:

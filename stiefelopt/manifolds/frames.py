@@ -301,8 +301,13 @@ class Frames(Manifold):
 
     @property
     def is_contained(self) -> bool:
-        """Where nothing but p x p algebra of each matrix is done."""
-        return self._transport is None and self.retraction_part.form != "ambient"
+        """Where nothing but our own p x p algebra of each matrix is done; somebody else's may stumble over NaN."""
+        return (
+            self.retraction_part.name in retractions.CONTAINED
+            and self._projection in (None, self._tangent)
+            and self._transport is None
+            and type(self).stacked_move is Frames.stacked_move
+        )
 
     def stacked_transporter(
         self, xs: Tall, ms: Tall, scales: Sequence[float], reduce: Reduce | None = None
