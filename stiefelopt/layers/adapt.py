@@ -77,25 +77,25 @@ def _find_targets(
 
 def _sizes_of(found: Sequence[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
     """in_features and out_features of the modules to adapt; those that cannot be are refused by name."""
-    names = {name for name, _ in found}
-    sizes = []
-    refused = {}
+    names = dict(found)
+    sizes, refused = [], {}
     for name, module in found:
         try:
             sizes.append(linear_sizes(module)[:2])
         except ConfigError as error:
             refused[name] = error
+    for name, reason in refused.items():
+        others = f" To leave out all that cannot be adapted: exclude_modules={list(refused)}." * (
+            len(refused) > 1
+        )
+        raise ConfigError(f"{name}: {reason}{others}")
+    for name in names:
         outer = next((prefix for prefix in _prefixes(name) if prefix in names), name)
         if outer != name:
             raise ConfigError(
                 f"target_modules matches {outer} and {name} inside it; one of them is needed: name the other in "
                 f"exclude_modules."
             )
-    for name, reason in refused.items():
-        others = f" To leave out all that cannot be adapted: exclude_modules={list(refused)}." * (
-            len(refused) > 1
-        )
-        raise ConfigError(f"{name}: {reason}{others}")
     return sizes
 
 
