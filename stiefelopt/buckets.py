@@ -139,20 +139,21 @@ class Bucket:
         return bad
 
     def left_alone(self) -> list[Slot]:
-        """The parameters that steps have left where they were since this was asked last, each as often as it was.
+        """The parameters that steps have left where they were, each as often as it was, since `forget_left`.
 
         Waits for the device.
         """
         if self.looks:
             return []
-        counts, bad = self.left.to("cpu", copy=True), []
-        self.left.zero_()
-        for stack, piece in self._by_stack(counts):
-            for slot, count in zip(
-                stack.slots, piece.view(len(stack.slots), -1).amax(-1).tolist(), strict=True
-            ):
-                bad += [slot] * count
+        bad = []
+        for stack, counts in self._by_stack(self.left.cpu()):
+            often = counts.view(len(stack.slots), -1).amax(-1).tolist()
+            bad += [slot for slot, count in zip(stack.slots, often, strict=True) for _ in range(count)]
         return bad
+
+    def forget_left(self) -> None:
+        """Count anew."""
+        self.left.zero_()
 
     def _reset_unfit(self) -> None:
         """Where the host does not look: let points that moved to NaN, or too far, not have moved."""

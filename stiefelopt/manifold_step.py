@@ -216,12 +216,15 @@ class ManifoldStep:
     @full_precision
     def diagnostics(self) -> dict[str, float]:
         """Norms of the last step, computed when asked for."""
-        self.skipped += sum(len(bucket.left_alone()) for bucket in self._buckets)
         pairs = [bucket.squared_norms() for bucket in self._buckets]
         gradient, moved = (
             (math.sqrt(sum(squares)) for squares in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
         )
-        return {"gradient_norm": gradient, "displacement_norm": moved, "skipped": float(self.skipped)}
+        return {
+            "gradient_norm": gradient,
+            "displacement_norm": moved,
+            "skipped": float(self.skipped + len(self._left_alone())),
+        }
 
     def _current_buckets(self) -> list[Bucket]:
         """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""
@@ -233,6 +236,7 @@ class ManifoldStep:
             self._joint_step.dissolve()
             for stack in self._stacks():
                 stack.release_moments()
+            self.skipped += len(self._left_alone())  # the counts go with the buckets
             self._buckets = make_buckets(
                 whole,
                 self.optimizer,
@@ -292,8 +296,10 @@ class ManifoldStep:
         """What accelerators have left alone in the step before."""
         if not self._alarm.rings():
             return
-        bad = [slot for bucket in self._buckets for slot in bucket.left_alone()]
+        bad = self._left_alone()
         self.skipped += len(bad)
+        for bucket in self._buckets:
+            bucket.forget_left()
         if bad:
             raise StepError(
                 f"in the step before this one the gradient of {bad[0].label!r}, or the displacement that the inner "
@@ -302,6 +308,9 @@ class ManifoldStep:
                 f"the learning rate, clip, or pass nonfinite='skip' to leave such points alone, or 'restore' to be "
                 f"told at once."
             )
+
+    def _left_alone(self) -> list[Slot]:
+        return [slot for bucket in self._buckets for slot in bucket.left_alone()]
 
     def _convert(self, buckets: list[Bucket]) -> None:
         bad = [slot for bucket in buckets for slot in bucket.convert_gradients()]

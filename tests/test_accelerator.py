@@ -222,8 +222,26 @@ def test_skipped_points_are_counted(manifold: Any, half: bool, blind: Callable[[
         if step in (1, 2):
             problem.params[-1].grad.fill_(float("nan"))  # type: ignore[union-attr]
         wrapped.step()
+    assert wrapped.diagnostics()["skipped"] == wrapped.diagnostics()["skipped"] == 2 * problem.parts
+    wrapped.add_param_group({"params": Problem(manifold).params[: problem.parts], "manifold": manifold})
+    for p in wrapped.param_groups[1]["params"]:
+        p.grad = torch.ones_like(p)
+    wrapped.step()
     assert wrapped.diagnostics()["skipped"] == 2 * problem.parts
     assert max(wrapped.residuals().values()) < (2e-2 if half else 2e-6)
+
+
+def test_who_asks_how_many_were_skipped_is_told_all_the_same(blind: Callable[[], None]) -> None:
+    blind()
+    problem = Problem(Stiefel())
+    wrapped = problem.wrap(SGD)
+    problem.gradients()
+    problem.params[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
+    wrapped.step()
+    assert wrapped.diagnostics()["skipped"] == 1
+    with pytest.raises(StepError, match="step before this one"):
+        wrapped.step()
+    assert wrapped.diagnostics()["skipped"] == 1
 
 
 def test_a_displacement_that_is_not_finite_is_told_too(blind: Callable[[], None]) -> None:

@@ -84,11 +84,10 @@ def _sizes_of(found: Sequence[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
             sizes.append(linear_sizes(module)[:2])
         except ConfigError as error:
             refused[name] = error
-    for name, reason in refused.items():
-        others = f" To leave out all that cannot be adapted: exclude_modules={list(refused)}." * (
-            len(refused) > 1
-        )
-        raise ConfigError(f"{name}: {reason}{others}")
+    if refused:
+        first, reason = next(iter(refused.items()))
+        way_out = f" To leave out all that cannot be adapted: exclude_modules={list(refused)}."
+        raise ConfigError(f"{first}: {reason}{way_out if len(refused) > 1 else ''}")
     for name in names:
         outer = next((prefix for prefix in _prefixes(name) if prefix in names), name)
         if outer != name:
