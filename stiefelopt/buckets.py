@@ -92,7 +92,7 @@ class Bucket:
         small = self._make_riemannian(self.work)
         if self.looks:
             return self._non_finite(small)
-        self._fine = small.abs().amax((-2, -1)) <= self._limit
+        self._fine = self._within(small)
         for stack, fine in self._by_stack(self._fine):
             stack.work.masked_fill_(~fine, 0)
         return []
@@ -128,28 +128,26 @@ class Bucket:
             return []
         if bool(small.abs().amax() <= self._limit):
             return []
-        return self._slots_where(small.abs().amax((-2, -1)) <= self._limit)
+        return self._slots((~self._within(small)).int())
 
-    def _slots_where(self, fine: Tensor) -> list[Slot]:
-        """The parameters of points (B,) of which not all are fine."""
-        bad = []
-        for stack, piece in self._by_stack(fine.cpu()):
-            oks = piece.view(len(stack.slots), -1).all(-1).tolist()
-            bad += [slot for slot, ok in zip(stack.slots, oks, strict=True) if not ok]
-        return bad
+    def _within(self, small: Tensor) -> Tensor:
+        """Mask (B,) of the small matrices that are finite, and not too large for what is made of them."""
+        return small.abs().amax((-2, -1)) <= self._limit
+
+    def _slots(self, counts: Tensor) -> list[Slot]:
+        """The parameters of points (B,), each as often as was counted for it, or for the most of its matrices."""
+        found = []
+        for stack, piece in self._by_stack(counts.cpu()):
+            often = piece.view(len(stack.slots), -1).amax(-1).tolist()
+            found += [slot for slot, count in zip(stack.slots, often, strict=True) for _ in range(count)]
+        return found
 
     def left_alone(self) -> list[Slot]:
         """The parameters that steps have left where they were, each as often as it was, since `forget_left`.
 
         Waits for the device.
         """
-        if self.looks:
-            return []
-        bad = []
-        for stack, counts in self._by_stack(self.left.cpu()):
-            often = counts.view(len(stack.slots), -1).amax(-1).tolist()
-            bad += [slot for slot, count in zip(stack.slots, often, strict=True) for _ in range(count)]
-        return bad
+        return [] if self.looks else self._slots(self.left)
 
     def forget_left(self) -> None:
         """Count anew."""

@@ -150,11 +150,14 @@ def write_once(params: Iterable[Tensor], write: Callable[[], None]) -> None:
     The others wait, also where it fails.
     """
     mesh: Any = next((p.device_mesh for p in params if is_distributed(p)), None)  # type: ignore[attr-defined]
+    if mesh is None:
+        write()
+        return
     try:
-        if mesh is None or dist.get_rank() == int(mesh.mesh.flatten()[0]):
+        if dist.get_rank() == int(mesh.mesh.flatten()[0]):
             write()
     finally:
-        for dim in () if mesh is None else range(mesh.ndim):
+        for dim in range(mesh.ndim):
             dist.barrier(group=mesh.get_group(dim))
 
 

@@ -14,12 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-try:
-    from geoopt import manifolds as theirs
-except ModuleNotFoundError as error:
-    way_out = f"geoopt is missing ({error}): pip install 'stiefelopt[geoopt]'"
-    raise ModuleNotFoundError(way_out, name=error.name) from error
-
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall
@@ -27,7 +21,11 @@ from ..manifolds.base import Carrier, Manifold, register
 from ..manifolds.carried import reads
 from ..registry import check_word
 from ..shapes import REAL, check_pair, compute_dtype
+from .extras import extra
 from .geoopt_manifolds import NotWritable, built, describe, repaired
+
+with extra("geoopt"):
+    from geoopt import manifolds as theirs
 
 TRANSPORTS = ("none", "transp")
 

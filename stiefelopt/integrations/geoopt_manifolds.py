@@ -8,12 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from geoopt import linalg
-from geoopt import manifolds as theirs
-from geoopt.manifolds.siegel.vvd_metrics import RiemannianMetric
 from torch import Tensor
 
 from ..errors import ConfigError
+from .extras import extra
+
+with extra("geoopt"):
+    from geoopt import linalg
+    from geoopt import manifolds as theirs
+    from geoopt.manifolds.siegel.vvd_metrics import RiemannianMetric
 
 
 class CanonicalStiefel(theirs.CanonicalStiefel):

@@ -10,13 +10,11 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from .extras import extra
 from .monitor import StepMonitor
 
-try:
+with extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ModuleNotFoundError as error:
-    way_out = f"lightning is missing ({error}): pip install 'stiefelopt[lightning]'"
-    raise ModuleNotFoundError(way_out, name=error.name) from error
 
 
 class RiemannianCallback(Callback):

@@ -13,13 +13,11 @@ from torch.optim import Optimizer
 
 from ..groups import param_groups
 from ..wrapper import RiemannianWrapper
+from .extras import extra
 from .monitor import StepMonitor
 
-try:
+with extra("transformers"):
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ModuleNotFoundError as error:
-    way_out = f"transformers is missing ({error}): pip install 'stiefelopt[transformers]'"
-    raise ModuleNotFoundError(way_out, name=error.name) from error
 
 
 def riemannian(

@@ -297,9 +297,8 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     given, model = model, inside_wrappers(model)
     layers, saved = _own_layers(model), saved_modules(model)
     prefix = next((name for name, module in given.named_modules() if module is model), "")
-    if prefix and all(
-        key.startswith(f"{prefix}.") for key in state
-    ):  # saved when wrappers left their names in
+    # Saved when wrappers left their names in.
+    if prefix and all(key.startswith(f"{prefix}.") for key in state):
         state = _below(state, prefix)
     expected = set(adapter_state_dict(model))
     optional = {f"{name}.{k}" if name else k for name in layers for k in ("U0", "V0")}
