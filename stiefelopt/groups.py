@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import local, shared_generator, write_whole
+from .draws import check_generator
 from .errors import ConfigError, NotOnManifoldError
 from .lora_pairs import lora_pairs
-from .manifolds import FixedRankPair, Manifold, carried, from_spec
+from .manifolds import FixedRankPair, Manifold, carried, from_spec, mark, spec_or_live
 from .placement import Placement, check_parameter_shape, check_point, read_placement, sharding_of
 
 # Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
@@ -29,6 +30,9 @@ def declare(module: nn.Module, name: str, **keys: Any) -> None:
     The key "role": "scale" marks a factor such as StelLA's S, whose learning rate is ``scale_lr``.
     """
     module.__dict__.setdefault(_DECLARED, {})[name] = keys
+    p = module._parameters.get(name)
+    if p is not None and keys.get("manifold"):
+        mark(p)
 
 
 def declared(module: nn.Module) -> Mapping[str, dict[str, Any]]:
@@ -48,6 +52,8 @@ def constrain(
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Put a parameter on a manifold and declare it there, for `param_groups` to find.
+
+    Said again of the same manifold, as after ``.double()``, it projects anew and keeps what was declared.
 
     Args:
         module: the module, or a parent of the one that holds the parameter.
@@ -81,25 +87,19 @@ def constrain(
             f"RiemannLoRALinear, pass lora='fixed-rank' to param_groups for PEFT's LoRA, or list the "
             f"{manifold.layout} in a group by hand."
         )
-    keys = {"orientation": orientation, "view": view}
-    keys = {key: value for key, value in keys.items() if value is not None}
-    placement = read_placement({"manifold": manifold, **keys})
+    said = declared(owner).get(leaf, {})
+    on: dict[str, Any] = {"manifold": spec_or_live(manifold)}
+    keys = dict(said) if said.get("manifold") == on["manifold"] else on
+    now = {"orientation": orientation, "view": view}
+    keys.update((key, value) for key, value in now.items() if value is not None)
+    placement = read_placement(keys)
     if init not in ("project", "random", "keep"):
         raise ConfigError(f"init is {init!r}; use 'project', 'random' or 'keep'.")
-    spec = manifold.spec()
     check_parameter_shape(name, p, placement)
     if not p.is_meta:  # else its values come later, as with torch.nn.init; the optimizer checks them
         _start(name, p, placement, init, generator)
-    declare(owner, leaf, manifold=spec, **keys)
+    declare(owner, leaf, **keys)
     return module
-
-
-def check_generator(generator: object) -> None:
-    """Refuse a seed in a generator's place."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ConfigError(
-            f"generator is {generator!r}; pass torch.Generator().manual_seed({generator!r}), or leave it out."
-        )
 
 
 def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
@@ -112,6 +112,8 @@ def _find(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
         known = [n for n, _ in module.named_parameters()]
         shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         raise ConfigError(f"{type(module).__name__} has no parameter {name!r}; it has: {shown or 'none'}.")
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        raise ConfigError(f"{name!r} has no shape yet; run the lazy module once, then constrain it.")
     return owner, leaf, p
 
 

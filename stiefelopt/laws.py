@@ -105,7 +105,9 @@ def check_slope(what: str, error: Callable[[Tensor], Tensor], order: float | Non
     declared = 1 if order is None else order
     holds(f"{what} has slope {k:.2f}, order {declared:g} needs {declared + 0.7:g}", k >= declared + 0.7)
     if order == 1 and shows:
-        holds(f"{what} has slope {k:.2f}, which is more than the declared order 1", k < 2.5)
+        holds(
+            f"{what} has slope {k:.2f}, which is more than the declared order 1 (the default; say 2)", k < 2.5
+        )
 
 
 def slope_of(error: Callable[[Tensor], Tensor], exponents: Tensor) -> float:

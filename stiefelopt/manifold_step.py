@@ -17,8 +17,16 @@ from .buckets import Bucket, make_buckets
 from .errors import ConfigError, StepError, StiefelOptError
 from .full_precision import full_precision
 from .joint import JointStep
-from .manifolds import Manifold, carried, from_spec, may_carry
-from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
+from .manifolds import Manifold, awaits_manifold, carried, from_spec, may_carry, spec_or_live
+from .placement import (
+    KEYS,
+    Placement,
+    check_point,
+    name_of,
+    read_placement,
+    residual_of,
+    resolve_orientation,
+)
 from .scratch import Scratch
 from .snapshot import Snapshot
 from .stacks import Slot, Stack
@@ -117,8 +125,9 @@ class ManifoldStep:
 
     def adopt(self, group: dict[str, Any], index: int, default: Manifold | None = None) -> None:
         """Check one group and store its manifold keys as plain strings and numbers."""
+        if "manifold" not in group:
+            _check_unnamed(group, index, default)
         if default is not None:
-            _check_default(group, index)
             group.setdefault("manifold", default)
         points = _points(group, index)
         for i, params, placement in points:
@@ -130,7 +139,7 @@ class ManifoldStep:
             return
         placement = read_placement(group)
         orientation = resolve_orientation(placement, [p.shape for p in group["params"]])
-        group.update(manifold=_plain(placement.manifold), orientation=orientation)
+        group.update(manifold=spec_or_live(placement.manifold), orientation=orientation)
 
     @property
     def _couples_decay(self) -> bool:
@@ -209,8 +218,9 @@ class ManifoldStep:
         """Distance from the constraint of every point, by the label of its first parameter."""
         return {
             slots[0].label: residual_of(slots[0].label, [s.p for s in slots], slots[0].placement)
-            for slots in self.points()
             if slots[0].p.numel()
+            else 0.0
+            for slots in self.points()
         }
 
     @full_precision
@@ -423,21 +433,20 @@ def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor
     return [(i, params[i : i + parts], placement) for i in range(0, len(params), parts)]
 
 
-def _check_default(group: Mapping[str, Any], index: int) -> None:
-    """Refuse to put parameters that carry a manifold on the default one, or beside it in silence."""
-    if "manifold" not in group and any(map(carried, group["params"])):
+def _check_unnamed(group: Mapping[str, Any], index: int, default: Manifold | None) -> None:
+    """Refuse to leave out the manifold that a parameter was given, or to put another in its place, in silence."""
+    way_out = "build the groups with stiefelopt.param_groups(model), or name the group's manifold"
+    if default is not None and any(map(carried, group["params"])):
         raise ConfigError(
             f"group {index} names no manifold and holds parameters that carry their own, which the wrapper's default "
-            f"would replace: build the groups with stiefelopt.param_groups(model), or name the group's manifold."
+            f"would replace: {way_out}."
         )
-
-
-def _plain(manifold: Manifold) -> object:
-    """The manifold as a spec; itself where a live function keeps it from being one."""
-    try:
-        return manifold.spec()
-    except ConfigError:
-        return manifold
+    for i, p in enumerate(group["params"]):
+        if awaits_manifold(p):
+            raise ConfigError(
+                f"{name_of(label_of(group, index, i))}, {tuple(p.shape)}, was put on a manifold (by constrain, adapt "
+                f"or an attribute), and its group names none: {way_out} (None to step it without)."
+            )
 
 
 def _same(

@@ -222,10 +222,9 @@ def check_point(label: object, params: Sequence[Tensor], placement: Placement) -
             manifold.check(point_of(params, placement))
         else:
             _check_shards(label, params, placement)
-    except NotOnManifoldError as error:
-        raise NotOnManifoldError(f"{name_of(label)}: {error}") from None
-    except ShapeError as error:
-        raise ShapeError(f"{name_of(label)}: {error}") from None
+    except (NotOnManifoldError, ShapeError) as error:
+        rows = manifold.parts == 1 and placement.is_rows(params[0].shape)
+        raise type(error)(f"{name_of(label)}{', by its rows' if rows else ''}: {error}") from None
 
 
 def _check_shards(label: object, params: Sequence[Tensor], placement: Placement) -> None:
@@ -343,8 +342,9 @@ def check_parameter_shape(label: object, p: Tensor, placement: Placement) -> Non
         return
     if p.ndim < (1 if placement.manifold.vectors else 2):
         raise ShapeError(
-            f"{name} is a vector of shape {tuple(p.shape)} in a manifold group; matrices are needed: build the groups "
-            f"with stiefelopt.param_groups(model), or give vectors a group without 'manifold'."
+            f"{name} is a vector of shape {tuple(p.shape)} in a manifold group; matrices are needed (Sphere() takes "
+            f"vectors, FixedRank torch.diag(S)): build the groups with stiefelopt.param_groups(model), or give "
+            f"vectors a group without 'manifold'."
         )
     if p.ndim > 2 and placement.view is None:
         raise ConfigError(

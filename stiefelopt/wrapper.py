@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -108,6 +109,7 @@ class RiemannianWrapper(Optimizer):
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
         self._patch_step_function()
+        _WRAPPERS.add(self)
 
     # The inner optimizer's own, never copies.
 
@@ -263,6 +265,9 @@ class RiemannianWrapper(Optimizer):
         return self._core.residuals()
 
 
+_WRAPPERS: WeakSet[RiemannianWrapper] = WeakSet()
+
+
 class _Evaluated:
     """The closure that the inner optimizer gets: the loss is known, and asking twice would mean a point elsewhere."""
 
@@ -316,6 +321,10 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
         raise ConfigError(
             f"{type(optimizer).__name__} never called Optimizer.__init__ and has no hooks to attach to: use "
             f"RiemannianWrapper(optimizer), or attach to the optimizer inside it."
+        )
+    if any(wrapper.optimizer is optimizer for wrapper in _WRAPPERS):
+        raise ConfigError(
+            "the optimizer is inside a RiemannianWrapper, and would be converted twice; use that."
         )
     core = ManifoldStep(optimizer)
     core.adopt_all(None if manifold is None else from_spec(manifold))

@@ -16,14 +16,17 @@ from stiefelopt import (
     ConfigError,
     NotOnManifoldError,
     RiemannianWrapper,
+    RiemannLoRALinear,
     ShapeError,
     StelLALinear,
     Stiefel,
     UnknownNameError,
     adapt,
+    attach,
     constrain,
     param_groups,
 )
+from stiefelopt.manifolds import Oblique
 
 torch.set_num_threads(1)
 
@@ -521,3 +524,70 @@ def test_a_declared_parameter_that_has_gone_is_refused(change: Callable[[nn.Line
     change(linear)
     with pytest.raises(ConfigError, match=r"weight of \w*Linear was put on a manifold"):
         param_groups(linear)
+
+
+@pytest.mark.parametrize("start", [RiemannianWrapper, attach])
+@pytest.mark.parametrize(
+    "model",
+    [
+        constrain(nn.Linear(8, 3), "weight", Stiefel()),
+        StelLALinear(nn.Linear(8, 8), 2),
+        RiemannLoRALinear(nn.Linear(8, 8), 2),
+    ],
+    ids=["constrain", "StelLA", "RiemannLoRA"],
+)
+def test_what_was_declared_is_not_stepped_without_its_manifold(
+    start: Callable[..., Any], model: nn.Module
+) -> None:
+    """By a group that names none, or by the wrapper's default; None said in the group is a choice."""
+    for options in ((), (Stiefel(),)):
+        with pytest.raises(ConfigError, match=r"was put on a manifold .*param_groups\(model\)"):
+            start(AdamW(model.parameters(), weight_decay=0.0), *options)
+    start(AdamW(param_groups(model)))
+    start(AdamW([{"params": list(model.parameters()), "manifold": None}]))
+
+
+def test_an_attribute_set_by_hand_is_not_overlooked() -> None:
+    p = nn.Parameter(torch.eye(3))
+    p.manifold = Stiefel()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="was put on a manifold"):
+        RiemannianWrapper(AdamW([p]))
+
+
+@pytest.mark.parametrize(
+    ("module", "keys"),
+    [
+        (nn.Linear(8, 3), {}),
+        (nn.Conv2d(3, 16, 3), {"view": "matrix"}),
+        (nn.Embedding(30, 8), {"orientation": "rows"}),
+    ],
+    ids=["wide", "convolution", "rows"],
+)
+def test_constraining_again_after_double_is_the_way_out_that_the_error_names(
+    module: nn.Module, keys: dict[str, Any]
+) -> None:
+    manifold = Oblique() if keys.get("orientation") else Stiefel()
+    constrain(module, "weight", manifold, **keys).double()
+    before: Any = module.weight.detach().clone()
+    with pytest.raises(NotOnManifoldError, match=r"by its rows: .*after \.double\(\), constrain\("):
+        RiemannianWrapper(AdamW(param_groups(module)))
+    constrain(module, "weight", manifold)
+    group = param_groups(module)[0]
+    assert {k: group[k] for k in keys} == keys
+    assert max(RiemannianWrapper(AdamW([group])).residuals().values()) < 1e-13
+    torch.testing.assert_close(module.weight.detach(), before, atol=1e-6, rtol=0)
+
+
+def test_a_live_retraction_can_be_declared_and_is_refused_by_state_dict_alone() -> None:
+    model = constrain(nn.Linear(3, 6), "weight", Stiefel(retraction=lambda x, u: torch.linalg.qr(x + u)[0]))
+    wrapper = RiemannianWrapper(AdamW(param_groups(model)))
+    model(torch.randn(2, 3)).sum().backward()
+    wrapper.step()
+    assert max(wrapper.residuals().values()) < 1e-5
+    with pytest.raises(ConfigError, match="register it"):
+        wrapper.state_dict()
+
+
+def test_a_lazy_parameter_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="'weight' has no shape yet"):
+        constrain(nn.LazyLinear(3), "weight", Stiefel())

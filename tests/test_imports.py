@@ -23,6 +23,7 @@ FLOORS = (
         "transforms",
         "registry",
         "shapes",
+        "draws",
         "gram",
         "coarse",
         "inverse_roots",

@@ -591,6 +591,68 @@ def test_a_manifold_of_ones_own_is_refused_by_name() -> None:
         RiemannianWrapper(torch.optim.SGD([group], lr=0.1))
 
 
+@pytest.mark.usefixtures("scratch_registries")
+def test_a_class_whose_methods_or_options_would_be_ignored_is_not_registered() -> None:
+    class Bent(Stiefel):
+        def retract(self, x: Tensor, u: Tensor) -> Tensor:
+            return x
+
+    class Forgetful(UnitMatrices):
+        def __init__(self, k: float = 1.0) -> None:
+            object.__setattr__(self, "k", k)
+
+    @dataclass(frozen=True)
+    class Weighted(UnitMatrices):
+        weights: Any = None
+
+    for cls, message in (
+        (Bent, "retract of its own, and the step that it inherits from Frames does not call it"),
+        (Forgetful, "__init__ of its own"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            manifolds.register(cls.__name__)(cls)
+    manifolds.register("Weighted")(Weighted)
+    with pytest.raises(ConfigError, match="weights of Weighted is a Tensor"):
+        Weighted(weights=torch.eye(2)).spec()
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_a_manifold_that_nobody_registered_or_finished_is_refused_by_name() -> None:
+    class Bare(Manifold):
+        def check(self, x: Tensor) -> None:
+            pass
+
+    p = nn.Parameter(torch.eye(3))
+    p.grad = torch.ones(3, 3)
+    with pytest.raises(UnknownNameError, match="'Bare'"):
+        RiemannianWrapper(torch.optim.SGD([p]), Bare())
+    manifolds.register("Bare")(Bare)
+    with pytest.raises(ConfigError, match="Bare has no method 'gradient'"):
+        RiemannianWrapper(torch.optim.SGD([p]), Bare()).step()
+
+
+@pytest.mark.parametrize("m", [Stiefel(), Sphere(), FixedRank(), FixedRankPair()], ids=str)
+def test_a_seed_is_no_generator(m: Any) -> None:
+    rank = {"rank": 2} if m.parts > 1 else {}
+    with pytest.raises(ConfigError, match=r"torch\.Generator\(\)\.manual_seed\(0\)"):
+        m.random_point(5, 3, generator=0, **rank)
+    with pytest.raises(ConfigError, match="manual_seed"):
+        m.random_tangent(m.random_point(5, 3, **rank), 0)
+
+
+@pytest.mark.parametrize("m", [FixedRank(), FixedRank("orthographic"), FixedRankPair()], ids=str)
+def test_a_graph_through_a_retraction_without_derivative_raises(m: Any) -> None:
+    x = m.random_point(6, 5, rank=2, dtype=torch.float64)
+    u, t = m.random_tangent(x), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    y = m.retract(x, type(x)(*(t * a for a in u)))
+    with pytest.raises(ConfigError, match=r"retract has no derivative here: detach\(\)"):
+        m.to_dense(y).square().sum().backward()
+    plain = m.retract(x, type(x)(*(0.3 * a for a in u)))
+    assert not plain[0].requires_grad
+    for a, b in zip(y, plain, strict=True):
+        torch.testing.assert_close(a.detach(), b)
+
+
 def test_the_laws_are_not_run_where_they_say_nothing() -> None:
     """Nothing is wrong with a sphere of matrices; its points have no orthonormal columns, that is all."""
     with pytest.raises(ConfigError, match=r"project_point of UnitMatrices makes points with .*fits\(shape\)"):

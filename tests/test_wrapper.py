@@ -2214,3 +2214,16 @@ def test_the_displacement_is_that_of_the_masters(dtype: torch.dtype, lr: float) 
         after = optimizer.state[x]["master"] if dtype != torch.float32 else x.detach()
         moved = (after - before).norm().item()
         assert optimizer.diagnostics()["displacement_norm"] == pytest.approx(moved, rel=1e-4)
+
+
+def test_attach_refuses_what_a_wrapper_holds_and_empty_points_have_no_residual() -> None:
+    inner = SGD([{"params": [parameter(6, 3)]}], lr=0.1)
+    wrapper = RiemannianWrapper(inner, Stiefel())
+    with pytest.raises(ConfigError, match="inside a RiemannianWrapper, and would be converted twice"):
+        attach(inner, Stiefel())
+    del wrapper
+    attach(inner).remove()
+    empty = RiemannianWrapper(
+        SGD([{"params": [nn.Parameter(torch.zeros(0, 6, 3))], "view": "batch"}]), Stiefel()
+    )
+    assert empty.residuals() == {(0, 0): 0.0}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import is_distributed
+from ..draws import check_generator
 from ..errors import ConfigError, StepError
-from ..groups import check_generator
 from .adapt import adapted_layers
 from .riemann_lora import RiemannLoRALinear, check_scale
 

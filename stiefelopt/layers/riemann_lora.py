@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import shared_generator, write_whole
+from ..draws import check_generator
 from ..errors import ConfigError
-from ..groups import check_generator, declare
+from ..groups import declare
 from ..manifolds import FixedRank, Stiefel
 from ..shapes import HALF
 from ..transforms import under_transform

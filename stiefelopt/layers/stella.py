@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..distributed import shared_generator, write_whole
+from ..draws import check_generator
 from ..errors import ConfigError
-from ..groups import check_generator, declare
+from ..groups import declare
 from ..manifolds import Stiefel
 from .low_rank import LowRankLinear
 from .shared import SharedBase

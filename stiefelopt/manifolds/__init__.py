@@ -1,7 +1,7 @@
 """The manifolds."""
 
-from .base import Manifold, from_spec, get, names, register
-from .carried import carried, may_carry
+from .base import Manifold, from_spec, get, names, register, spec_or_live
+from .carried import awaits_manifold, carried, mark, may_carry
 from .fixed_rank import USV, FixedRank
 from .fixed_rank_pair import AB, FixedRankPair
 from .grassmann import Grassmann
@@ -20,10 +20,13 @@ __all__ = [
     "SpecialOrthogonal",
     "Sphere",
     "Stiefel",
+    "awaits_manifold",
     "carried",
     "from_spec",
     "get",
+    "mark",
     "may_carry",
     "names",
     "register",
+    "spec_or_live",
 ]

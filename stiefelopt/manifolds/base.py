@@ -185,6 +185,8 @@ class Manifold:
 
     def _own(self, method: str, x: Tensor, *vectors: Tensor) -> Tensor:
         """The result of a method of the subclass, on stacks."""
+        if not hasattr(self, method):
+            raise ConfigError(f"{type(self).__name__} has no method {method!r}, of which the step is made.")
         found = getattr(self, method)(x, *vectors)
         return check_returned(
             type(self).__name__, method, found, x.shape, "it is called with stacks, (B, n, p)"
@@ -207,15 +209,25 @@ class Manifold:
         """The manifold as a flat dict of strings and numbers, which `from_spec` reads back.
 
         Raises:
-            ConfigError: an option is a live function; register it under a name first.
+            ConfigError: an option is a live function, which must be registered under a name first, or no plain value.
+            UnknownNameError: the class is not registered.
         """
+        if get(type(self).__name__) is not type(self):
+            raise ConfigError(
+                f"another class is registered as manifold {type(self).__name__!r}; give this one a name of its own."
+            )
         spec: dict[str, str | int | float | bool] = {"manifold": type(self).__name__}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if not isinstance(value, (str, int, float, bool)):
+            if callable(value):
                 raise ConfigError(
                     f"{f.name}={value!r} is a plain function, which no checkpoint can hold; register it with "
                     f"@stiefelopt.{f.name}s.register('name') and pass the name."
+                )
+            if not isinstance(value, (str, int, float, bool)):
+                raise ConfigError(
+                    f"{f.name} of {type(self).__name__} is a {type(value).__name__}, which the plain groups of a "
+                    f"checkpoint cannot hold: let the option be a number or a name, and make the rest from it."
                 )
             spec[f.name] = value
         return spec
@@ -230,7 +242,8 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
     """Class decorator that adds a manifold; the class name must equal the registered name.
 
     Raises:
-        ConfigError: not a name, or one that is taken or not the class's.
+        ConfigError: not a name, or one that is taken or not the class's; options that are no fields; methods that the
+            optimizer's step would not call.
     """
     _registry.check_name(name)
 
@@ -239,10 +252,53 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
             raise ConfigError(
                 f"manifold class {cls.__name__} is registered as {name!r}; the two names must be equal."
             )
+        if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):
+            raise ConfigError(
+                f"{name} has an __init__ of its own, and its options would be lost in spec() and every checkpoint: "
+                f"decorate it with @dataclass(frozen=True) and let them be fields."
+            )
+        _check_overrides(cls)
         _registry.add(name, cls)
         return cls
 
     return add
+
+
+# What the generic step of `Manifold` calls, by the function of the step that calls it.
+_CALLED_BY = {
+    "gradient": "stacked_gradient",
+    "project_tangent": "stacked_move",
+    "retract": "stacked_move",
+    "transport_vector": "stacked_transporter",
+}
+
+
+def _check_overrides(cls: type[Manifold]) -> None:
+    """Refuse to ignore a method: a subclass of Stiefel has Stiefel's step, whatever its own ``retract`` says."""
+    for method, beat in _CALLED_BY.items():
+        ours, caller = _definer(cls, method), _definer(cls, beat)
+        if ours is not None and caller is not Manifold and ours is not caller and issubclass(ours, caller):
+            raise ConfigError(
+                f"{cls.__name__} has a {method} of its own, and the step that it inherits from {caller.__name__} does "
+                f"not call it: define {beat} as well, or derive the class from stiefelopt.manifolds.Manifold, whose "
+                f"step is made of gradient, project_tangent and retract."
+            )
+
+
+def _definer(cls: type, name: str) -> Any:
+    return next((base for base in cls.__mro__ if name in vars(base)), None)
+
+
+def spec_or_live(manifold: Manifold) -> dict[str, str | int | float | bool] | Manifold:
+    """The manifold as a spec; itself where an option keeps it from being one, as a live function does.
+
+    Raises:
+        UnknownNameError: its class is not registered.
+    """
+    try:
+        return manifold.spec()
+    except ConfigError:
+        return manifold
 
 
 def from_spec(spec: Mapping[str, Any] | Manifold) -> Manifold:
@@ -253,6 +309,8 @@ def from_spec(spec: Mapping[str, Any] | Manifold) -> Manifold:
     """
     if isinstance(spec, Manifold):
         return spec
+    if type(spec).__module__.partition(".")[0] == "geoopt":
+        raise ConfigError(f"{spec!r} is geoopt's: pass stiefelopt.integrations.geoopt.from_geoopt(manifold).")
     if not isinstance(spec, Mapping) or "manifold" not in spec:
         raise ConfigError(
             f"a manifold or its spec (a dict with the key 'manifold') is needed, got {spec!r}; "

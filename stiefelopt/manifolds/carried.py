@@ -1,4 +1,4 @@
-"""Parameters of other libraries that carry a manifold themselves, as geoopt's ManifoldParameter does."""
+"""Parameters that have a manifold before any group says so: geoopt's carry one, declared ones are marked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Reader = TypeVar("Reader", bound=Callable[..., Manifold | None])
 # What reads the manifolds of a library; an integration registers its own when it is imported.
 _READERS: dict[str, Callable[..., Manifold | None]] = {}
 _INTEGRATIONS = {"geoopt": "stiefelopt.integrations.geoopt"}
+_MARK = "_stiefelopt_constrained"
 
 
 def reads(library: str) -> Callable[[Reader], Reader]:
@@ -51,3 +52,16 @@ def carried(p: Tensor) -> Manifold | None:
                 f"`import {_INTEGRATIONS[library]}` first, or pass a plain nn.Parameter to leave it unconstrained."
             )
     return None
+
+
+def mark(p: Tensor) -> None:
+    """Note that a module has declared this parameter: what holds it in a group without a manifold forgot that.
+
+    Copies, and what fully_shard makes of it, are not marked: the declaration itself lies in the module.
+    """
+    setattr(p, _MARK, True)
+
+
+def awaits_manifold(p: Tensor) -> bool:
+    """Whether somebody wants this parameter on one of our manifolds: a module, or a hand that wrote ``p.manifold``."""
+    return hasattr(p, _MARK) or isinstance(getattr(p, "manifold", None), Manifold)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import rank_retractions
+from ..draws import normal
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import (
@@ -32,6 +33,7 @@ from ..rank_transports import Turn, spread, transported
 from ..registry import check_word
 from ..retractions import OpenSum
 from ..shapes import as_sizes, check_matrix, check_pair, compute_dtype
+from ..transforms import without_derivative
 from .base import Carrier, Manifold, carrier_from, register
 from .stiefel import Stiefel
 
@@ -226,14 +228,8 @@ class FixedRank(Manifold):
     def random_tangent(self, x: USV, generator: torch.Generator | None = None) -> USV:
         """A tangent vector of unit norm."""
         x = _checked("x", x)
-        source = x.U.device if generator is None else generator.device
         lifted = _lifted(x)
-        z = USV(
-            *(
-                torch.randn(t.shape, dtype=t.dtype, device=source, generator=generator).to(t.device)
-                for t in lifted
-            )
-        )
+        z = USV(*(normal(t.shape, t.dtype, t.device, generator).to(t.device) for t in lifted))
         u = _tangent(lifted, _tangent(lifted, z))
         size = self.norm(lifted, u)[..., None, None]
         return _as_dtype(USV(*(t / size for t in u)), x.U.dtype)
@@ -267,10 +263,10 @@ class FixedRank(Manifold):
 
     # Motion
 
-    @torch.no_grad()
+    @without_derivative
     @full_precision
     def retract(self, x: USV, u: USV) -> USV:
-        """The point R(x, u) for a tangent u; R(x, 0) is x bit for bit. Not differentiable.
+        """The point R(x, u) for a tangent u; R(x, 0) is x bit for bit.
 
         Raises:
             StepError: the result has lost rank (and ``floor`` is 0), or u is too large for its squares.
@@ -513,8 +509,8 @@ def _checked(name: str, x: object, **others: object) -> Any:
 def _as_usv(name: str, x: object) -> USV:
     if isinstance(x, Tensor) or not isinstance(x, Sequence) or len(x) != 3:
         raise ShapeError(
-            f"{name} is a {type(x).__name__}; three tensors USV(U, S, V) are needed: project_point(W, rank=r) makes "
-            f"them from a dense matrix."
+            f"{name} is a {type(x).__name__}; three tensors USV(U, S, V) are needed: project_point(W, rank=r) makes a "
+            f"point of a dense matrix, project_dense(x, G) the Riemannian gradient of a dense gradient."
         )
     for part, t in zip(USV._fields, x, strict=True):
         if not isinstance(t, Tensor):

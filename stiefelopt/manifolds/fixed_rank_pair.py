@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..draws import normal
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, keep_where, scale_displacements, subtract_points, zero_matrices
@@ -31,6 +32,7 @@ from ..rank_pairs import (
 from ..registry import check_word
 from ..retractions import OpenSum
 from ..shapes import check_matrix, check_pair, compute_dtype
+from ..transforms import without_derivative
 from .base import Carrier, Manifold, carrier_from, register
 from .fixed_rank import TRANSPORTS, FixedRank
 
@@ -171,9 +173,7 @@ class FixedRankPair(Manifold):
     def random_tangent(self, x: AB, generator: torch.Generator | None = None) -> AB:
         """A tangent vector of unit norm."""
         x = _checked("x", x)[0]
-        source = x.A.device if generator is None else generator.device
-        dtype = compute_dtype(x.A.dtype)
-        z = AB(*(torch.randn(t.shape, dtype=dtype, device=source, generator=generator).to(t) for t in x))
+        z = AB(*(normal(t.shape, t.dtype, t.device, generator).to(t) for t in x))
         u = self.project_tangent(x, self.project_tangent(x, z))
         size = self.norm(x, u)[..., None, None]
         return AB(*((t / size).to(x.A.dtype) for t in u))
@@ -201,12 +201,12 @@ class FixedRankPair(Manifold):
 
     # Motion
 
-    @torch.no_grad()
+    @without_derivative
     @full_precision
     def retract(self, x: AB, u: AB) -> AB:
         """The pair of the matrix of rank r nearest to W + u (order 2), in which A A^T is what it was.
 
-        R(x, 0) is x bit for bit. Not differentiable.
+        R(x, 0) is x bit for bit.
         """
         x, u = _checked("x", x, u=u)
         return _unflatten(x, _moved(Frame(_flatten(x)), _flatten(u)))

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import metrics, projections, retractions, transports
+from ..draws import normal
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall, gram, identity_like, keep_where, split, squared_norm, unmoved_matrices
 from ..matfun import inverse_symmetric_root, safe_root
 from ..retractions import OpenSum, close, normalize
-from ..shapes import as_sizes, as_stacks, check_matrix, compute_dtype, on_stacks, tolerance
+from ..shapes import as_sizes, as_stacks, check_matrix, on_stacks, tolerance
 from .base import Carrier, Manifold
 
 
@@ -71,6 +72,9 @@ class Frames(Manifold):
     def _dim(self, n: int, p: int) -> int:
         """Dimension of the manifold of single points (n, p)."""
 
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse a shape (*b, n, p) that points of Stiefel may have and these have not."""
+
     def whole_part(self) -> str | None:
         """The part of ambient form, if there is one."""
         parts: dict[str, Any] = {
@@ -88,7 +92,9 @@ class Frames(Manifold):
     @full_precision
     def residual(self, x: Tensor) -> Tensor:
         """max |x^T x - I| of every matrix, (*b,), in the compute dtype."""
-        return self.stacked_residual(as_stacks(x=x)).reshape(x.shape[:-2])
+        xs = as_stacks(x=x)
+        self._check_shape(x.shape)
+        return self.stacked_residual(xs).reshape(x.shape[:-2])
 
     def stacked_residual(self, xs: Tall, reduce: Reduce | None = None) -> Tensor:
         """`residual` of stacks, (B,)."""
@@ -110,8 +116,7 @@ class Frames(Manifold):
         if not worst <= allowed:
             raise NotOnManifoldError(
                 f"x has max |x^T x - I| = {worst:.2g}, and {allowed:.2g} is allowed for {tuple(x.shape)} in {x.dtype}: "
-                f"use project_point(x); for a parameter constrain(module, name, manifold), or after .double() "
-                f"p.data.copy_(manifold.project_point(p.data)), which keeps all that was declared of it."
+                f"use project_point(x); for a parameter, also after .double(), constrain(module, name, manifold)."
             )
 
     def random_point(
@@ -126,8 +131,8 @@ class Frames(Manifold):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         z = torch.empty(shape, dtype=dtype, device="meta")
         check_matrix("random_point's result", z)
-        source = device if generator is None else generator.device
-        z = torch.randn(shape, dtype=compute_dtype(dtype), device=source, generator=generator)
+        self._check_shape(shape)
+        z = normal(shape, dtype, device, generator)
         q, r = torch.linalg.qr(z)
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
         # LAPACK's columns lie one after the other; a parameter's rows should.
@@ -140,6 +145,7 @@ class Frames(Manifold):
     def dim(self, *shape: int) -> int:
         """Dimension of the manifold of points (*b, n, p)."""
         *batch, n, p = as_shape(shape)
+        self._check_shape((n, p))
         return math.prod(batch) * self._dim(n, p)
 
     # Tangent vectors
@@ -151,15 +157,12 @@ class Frames(Manifold):
     @full_precision
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A tangent vector of unit norm in the metric; zero where the manifold is a single point."""
-        check_matrix("x", x)
-        source = x.device if generator is None else generator.device
-        z = torch.randn(x.shape, dtype=compute_dtype(x.dtype), device=source, generator=generator).to(
-            x.device
-        )
-        if (
-            self._dim(*x.shape[-2:]) == 0
-        ):  # as on St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding
-            return torch.zeros_like(x)
+        self._check_shape(check_matrix("x", x).shape)
+        z = normal(x.shape, x.dtype, x.device, generator).to(x.device)
+        if self._dim(*x.shape[-2:]) == 0:
+            return torch.zeros_like(
+                x
+            )  # as on St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding
         point = x.to(z.dtype)
         u = self._unit(point, self.project_tangent(point, z))
         # Where few dimensions are tangent, dividing blew the first projection's rounding up; the second removes it.
@@ -194,10 +197,12 @@ class Frames(Manifold):
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """The point y = R(x, u) for a tangent u, by the manifold's retraction; R(x, 0) is x bit for bit."""
+        self._check_shape(check_matrix("x", x).shape)
         return self.retraction_part(x, u)
 
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The geodesic of this metric from x in direction u at time 1."""
+        self._check_shape(check_matrix("x", x).shape)
         if self.metric not in retractions.exp.variants:
             raise ConfigError(
                 f"no closed geodesic is known for metric {self.metric!r}; use retract, or one of the metrics "

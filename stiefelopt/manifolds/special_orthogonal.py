@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from .. import metrics, projections
 from ..errors import NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
-from ..shapes import check_matrix, on_stacks
+from ..shapes import on_stacks
 from ..svd_factor import rotation_factor, turned
 from .base import register
-from .frames import Frames, as_shape
+from .frames import Frames
 from .one_metric import OneMetric
 
 
@@ -46,35 +47,13 @@ class SpecialOrthogonal(OneMetric, Frames):
         return projections.tangent
 
     def _dim(self, n: int, p: int) -> int:
-        _check_square((n, p))
         return n * (n - 1) // 2
 
-    def residual(self, x: Tensor) -> Tensor:
-        """max |x^T x - I| of every matrix, (*b,), in the compute dtype.
-
-        Raises:
-            ShapeError: not square.
-        """
-        _check_square(check_matrix("x", x).shape)
-        return super().residual(x)
-
-    def retract(self, x: Tensor, u: Tensor) -> Tensor:
-        """The point y = R(x, u) for a tangent u; R(x, 0) is x bit for bit.
-
-        Raises:
-            ShapeError: not square. StepError: u is too long to be retracted.
-        """
-        _check_square(check_matrix("x", x).shape)
-        return super().retract(x, u)
-
-    def exp(self, x: Tensor, u: Tensor) -> Tensor:
-        """x expm(x^T u).
-
-        Raises:
-            ShapeError: not square.
-        """
-        _check_square(check_matrix("x", x).shape)
-        return super().exp(x, u)
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        if shape[-1] != shape[-2]:
+            raise ShapeError(
+                f"the shape {tuple(shape)} is not square, and a rotation is (*b, n, n): use Stiefel() for n x p."
+            )
 
     @full_precision
     def check(self, x: Tensor) -> None:
@@ -92,7 +71,6 @@ class SpecialOrthogonal(OneMetric, Frames):
 
     def random_point(self, *shape: int, **options: Any) -> Tensor:
         """A rotation (*b, n, n), uniform in the Haar measure."""
-        _check_square(as_shape(shape))
         return turned(super().random_point(*shape, **options))
 
     def project_point(self, z: Tensor) -> Tensor:
@@ -107,12 +85,5 @@ class SpecialOrthogonal(OneMetric, Frames):
         Reference: Umeyama (1991), lemma.
         """
         projections.check_finite(z)
-        _check_square(z.shape)
+        self._check_shape(z.shape)
         return on_stacks(rotation_factor, z=z)
-
-
-def _check_square(shape: Any) -> None:
-    if shape[-1] != shape[-2]:
-        raise ShapeError(
-            f"the shape {tuple(shape)} is not square, and a rotation is (*b, n, n): use Stiefel() for n x p."
-        )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..draws import normal
 from ..errors import NotOnManifoldError, ShapeError
 from ..gram import Reduce, Tall
 from ..matfun import safe_root
@@ -112,11 +113,9 @@ class UnitVectors(OneMetric):
         if self.dim(*x.shape[-2:]) == 0:
             return torch.zeros_like(x)
         point = x.to(compute_dtype(x.dtype))
-        source = x.device if generator is None else generator.device
-        z = torch.randn(x.shape, dtype=point.dtype, device=source, generator=generator).to(x.device)
-        for _ in range(
-            2
-        ):  # dividing blows the first projection's rounding up where few dimensions are tangent
+        z = normal(x.shape, x.dtype, x.device, generator).to(x.device)
+        # Twice: dividing blows the first projection's rounding up where few dimensions are tangent.
+        for _ in range(2):
             u = self.project_tangent(point, z)
             z = u / self.norm(point, u)[..., None, None]
         return z.to(x.dtype)
