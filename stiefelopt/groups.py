@@ -14,7 +14,7 @@ from .distributed import local, shared_generator, write_whole
 from .draws import check_generator
 from .errors import ConfigError, NotOnManifoldError
 from .lora_pairs import lora_pairs
-from .manifolds import FixedRankPair, Manifold, carried, from_spec, mark, spec_or_live
+from .manifolds import FixedRankPair, Manifold, carried, from_spec, mark
 from .placement import Placement, check_parameter_shape, check_point, read_placement, sharding_of
 
 # Declarations lie in the module's __dict__ under parameter names: unlike attributes of a Parameter they survive
@@ -70,7 +70,8 @@ def constrain(
         The module.
 
     Raises:
-        ConfigError: no such parameter, or an unknown init. ShapeError, NotOnManifoldError: it does not fit.
+        ConfigError: no such parameter, an unknown init, or a retraction that is a live function, which a module's
+            copies and checkpoints cannot hold. ShapeError, NotOnManifoldError: it does not fit.
     """
     if not isinstance(module, nn.Module) or not isinstance(name, str):
         raise ConfigError(
@@ -87,9 +88,8 @@ def constrain(
             f"RiemannLoRALinear, pass lora='fixed-rank' to param_groups for PEFT's LoRA, or list the "
             f"{manifold.layout} in a group by hand."
         )
-    said = declared(owner).get(leaf, {})
-    on: dict[str, Any] = {"manifold": spec_or_live(manifold)}
-    keys = dict(said) if said.get("manifold") == on["manifold"] else on
+    said, spec = declared(owner).get(leaf, {}), manifold.spec()
+    keys: dict[str, Any] = dict(said) if said.get("manifold") == spec else {"manifold": spec}
     now = {"orientation": orientation, "view": view}
     keys.update((key, value) for key, value in now.items() if value is not None)
     placement = read_placement(keys)

@@ -44,7 +44,7 @@ def steps_elementwise(optimizer: Optimizer) -> bool:
     step = vars(optimizer).get("step")
     # A scheduler patches the step to count it, no more.
     patched = step is not None and not getattr(step, "_wrapped_by_lr_sched", False)
-    if type(optimizer) not in ELEMENTWISE or patched or torch.compiler.is_compiling():
+    if type(optimizer) not in ELEMENTWISE or patched:
         return False
     hooks = (
         optimizer._optimizer_step_pre_hooks,

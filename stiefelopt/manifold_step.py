@@ -111,6 +111,8 @@ class ManifoldStep:
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
         self._signature: list[tuple[Settings, list[Tensor]]] | None = None
+        # A compiled step is the inner optimizer's: ours looks at its data, which breaks it into a hundred graphs.
+        self._untraced = tuple(map(torch.compiler.disable, (ManifoldStep._before, ManifoldStep._after)))
 
     # Groups
 
@@ -282,7 +284,6 @@ class ManifoldStep:
 
     # The step
 
-    @full_precision
     def before(self) -> None:
         """Turn gradients into Riemannian ones, in workspaces that the optimizer then reads.
 
@@ -290,17 +291,21 @@ class ManifoldStep:
             StepError: a gradient is not finite; nothing has changed. On an accelerator: one was not in the step
                 before, or a displacement.
         """
+        self._untraced[0](self, torch.compiler.is_compiling())
+
+    @full_precision
+    def _before(self, compiling: bool) -> None:
         self.recover()
         self._hear()
         try:
-            self._convert(self._current_buckets())
+            self._convert(self._current_buckets(), compiling)
         except StiefelOptError:
             raise
         except (RuntimeError, TypeError):
             # What torch says when it gathers a parameter whose shape or dtype was changed behind its name, or whose
             # gradient has become sparse: begin again, with all the checks.
             self._signature = None
-            self._convert(self._current_buckets())
+            self._convert(self._current_buckets(), compiling)
 
     def _hear(self) -> None:
         """What accelerators have left alone in the step before."""
@@ -322,7 +327,7 @@ class ManifoldStep:
     def _left_alone(self) -> list[Slot]:
         return [slot for bucket in self._buckets for slot in bucket.left_alone()]
 
-    def _convert(self, buckets: list[Bucket]) -> None:
+    def _convert(self, buckets: list[Bucket], compiling: bool) -> None:
         bad = [slot for bucket in buckets for slot in bucket.convert_gradients()]
         if bad and self.nonfinite != "skip":
             raise StepError(
@@ -336,7 +341,7 @@ class ManifoldStep:
             self._snapshot.take()
         self._begun = True
         try:
-            joined = not refused and self._joint_step.enter()
+            joined = not (refused or compiling) and self._joint_step.enter()
             for stack in self._stacks():
                 # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
                 stack.lend([id(p) not in refused for p in stack.params], joined=joined)
@@ -347,13 +352,16 @@ class ManifoldStep:
             self.undo()
             raise
 
-    @full_precision
     def after(self) -> None:
         """Bring the parameters back to their manifolds, and their own gradients back to them.
 
         Raises:
             StepError: a displacement is not finite or cannot be retracted; every point is where it was.
         """
+        self._untraced[1](self)
+
+    @full_precision
+    def _after(self) -> None:
         self._begun = False
         self.return_gradients()
         try:

@@ -201,9 +201,11 @@ def test_the_inductor_compiles_the_inner_step(twins: list[tuple[Net, RiemannianW
 
 
 @pytest.mark.slow
-def test_the_whole_step_compiles_in_many_pieces(twins: list[tuple[Net, RiemannianWrapper, Any]]) -> None:
-    """Correct, and no help: docs/training_loops.md says why."""
+def test_a_compiled_whole_step_compiles_the_inner_one(
+    twins: list[tuple[Net, RiemannianWrapper, Any]],
+) -> None:
+    """Ours looks at its data, and is left out."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     step = torch.compile(twins[1][1].step, backend=counter)
     follows(twins, step, counter)
-    assert counter.frame_count > 20
+    assert 0 < counter.frame_count <= 8
