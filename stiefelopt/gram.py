@@ -22,6 +22,9 @@ Reduce = Callable[[Tensor], Tensor]
 # Columns of x^T x computed at a time, for a stack of several and for a single matrix, where x is at least twice BLOCK
 # wide: 0.7 to 0.9 of the whole product, see benchmarks/NOTES.md.
 BLOCK, LONE_BLOCK = 128, 192
+# A BLAS adds up the rows one by one, in few chains where there are few columns: in float32 2e-5 off at 2048x8 where
+# one entry is near 1 and the others small, 1e-2 at a million rows. So up to FEW columns FEW_ROWS at a time, else ROWS.
+FEW, FEW_ROWS, ROWS = 8, 256, 4096
 
 
 def identity_like(small: Tensor) -> Tensor:
@@ -59,13 +62,26 @@ def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None, *, out: Tensor | None
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x^T y of stacks; by blocks where it is x^T x, and wide."""
+    """x^T y of stacks; by blocks of columns where it is x^T x, and wide, of rows where there are very many."""
+    rows = FEW_ROWS if x.shape[-1] <= FEW else ROWS
+    if x.shape[1] >= 2 * rows and x.dtype == torch.float32 and x.device.type == "cpu":
+        return _by_rows(x, y, rows, out)
     if x is not y or x.shape[-1] < 2 * BLOCK or not _may_write(x):
         return torch.bmm(x.mT, y, out=out)
     if out is None:
         out = x.new_empty((x.shape[0], x.shape[2], x.shape[2]))
     _fill_symmetric(x, out)
     return out
+
+
+def _by_rows(x: Tensor, y: Tensor, rows: int, out: Tensor | None) -> Tensor:
+    """x^T y, a sum of products of so many rows each, and of those left over."""
+    count = x.shape[1] // rows
+    first, second = (t[:, : count * rows].unflatten(1, (count, rows)) for t in (x, y))
+    c = torch.matmul(first.mT, second).sum(1)
+    if count * rows < x.shape[1]:
+        c = torch.baddbmm(c, x[:, count * rows :].mT, y[:, count * rows :])
+    return c if out is None else out.copy_(c)
 
 
 def _may_write(x: Tensor) -> bool:

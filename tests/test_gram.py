@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stiefelopt import RiemannianWrapper, Stiefel
 from stiefelopt.gram import BLOCK, LONE_BLOCK, gram
+from stiefelopt.manifolds import Sphere
 from stiefelopt.scratch import LARGE, Scratch
 
 
@@ -97,3 +98,28 @@ def test_buckets_that_share_memory_step_as_each_alone() -> None:
         assert torch.equal(y, alone)
         assert Stiefel().residual(y) <= 20 * torch.finfo(y.dtype).eps
         assert not torch.equal(x, y)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(("b", "n", "p"), [(1, 300_007, 1), (2, 70_000, 2), (1, 40_000, 8), (2, 20_001, 16)])
+def test_long_grams_are_summed_in_pieces(b: int, n: int, p: int, flipped: bool) -> None:
+    """Where one entry is near 1 and all others are small a BLAS loses these, one chain of sums for a column."""
+    x = torch.full((b, n, p), 1e-4)
+    x[:, :p] = torch.eye(p)
+    y = stack(b, n, p) / n**0.5
+    x, y = (t.mT.contiguous().mT if flipped else t for t in (x, y))
+    for first, second in ((x, x), (y, y), (x, y)):
+        expected = first.double().mT @ second.double()
+        out = torch.empty(b, p, p)
+        assert gram([first], [second], out=out) is out
+        for found in (gram([first], [second]), out):
+            assert (found.double() - expected).abs().max() <= 5e-6
+
+
+def test_a_sphere_of_millions_of_entries_knows_its_points() -> None:
+    torch.manual_seed(0)
+    m = Sphere()
+    x = m.random_point(1024, 1024)
+    m.check(x)
+    y = m.retract(x, m.project_tangent(x, torch.randn(1024, 1024) / 1e4))
+    assert abs(y.double().square().sum().item() - 1) < 2e-6

@@ -163,6 +163,42 @@ def test_coarse_products_keep_to_what_is_allowed(kind: str) -> None:
     assert fine <= 1e-2 * coarsely
 
 
+def in_one_direction(kind: str, p: int) -> Tensor:
+    """v v^T of a unit vector to which all the random signs are orthogonal: of two entries, or of all."""
+    signs = coarse._probes(p).double()
+    if kind == "all entries":
+        basis = torch.linalg.qr(signs.mT)[0]
+        v = torch.linspace(1, 2, p, dtype=torch.float64)
+        v -= basis @ (basis.mT @ v)
+    else:
+        overlap = (signs.mT @ signs).triu(1)
+        i, j = (overlap == coarse.PROBES).nonzero()[0].tolist()
+        v = torch.zeros(p, dtype=torch.float64)
+        v[i], v[j] = 1, -1
+    assert (signs @ v).abs().max() < 1e-12
+    v /= v.norm()
+    return torch.outer(v, v)[None]
+
+
+@pytest.mark.parametrize("kind", ["two entries", "all entries"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_orthogonal_to_all_probes_is_seen(dtype: torch.dtype, kind: str) -> None:
+    for size in (0.01, 0.1, 0.5):
+        e = (size * in_one_direction(kind, 512)).to(dtype)
+        found = inverse_sqrt(e.clone()).double()
+        assert (found - exact(e)).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("kind", ["two entries", "all entries"])
+def test_a_coarse_square_of_one_direction_is_as_good_as_said(kind: str) -> None:
+    e = (0.01 * in_one_direction(kind, 512)).float()
+    exactly = e.double() @ e.double()
+    coarsely = torch.linalg.matrix_norm((e.bfloat16() @ e.bfloat16()).double() - exactly).item()
+    found = coarse.square(e, 0.01, coarsely / 4)
+    assert torch.linalg.matrix_norm(found.double() - exactly).item() <= coarsely / 4
+
+
 @pytest.mark.usefixtures("instructions")
 def test_coarse_products_are_used_and_only_where_they_pay() -> None:
     e = gram_like(0.02)
