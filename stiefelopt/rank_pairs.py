@@ -24,7 +24,7 @@ from torch import Tensor
 from . import rank_retractions
 from .core_svd import truncated
 from .errors import StepError
-from .gram import Reduce, Tall, combine, gram, identity_like, products
+from .gram import Reduce, Tall, combine, gram, identity_like, products, split
 from .matfun import Eigen, inverse_symmetric_root, symmetric_root
 from .transforms import host_can_look, is_differentiated, under_transform
 
@@ -199,12 +199,20 @@ def retract(f: Frame, d: Pairs, overlap: Overlap | None = None, reduce: Reduce |
     av, bv = _complete(found.av @ vh.mT, found.bv @ vh.mT, values)
     q = rank_retractions.turns(f.a.range @ av)
     av, bv = av @ q, bv @ q
-    h, inverse = _gauge(f, values[..., None] * q)
+    h, inverse, c = _gauge(f, values[..., None] * q)
     eye = identity_like(av)
     rs = plus(f.x.rs, f.x.rs, f.a.inverse @ (av - w @ bv) @ h - eye)
     rs = onto(rs, d.rs, bv @ h)
     ls = plus(f.x.ls, f.x.ls, (f.a.root @ av + f.b.inverse @ hy @ bv) @ inverse - eye)
-    return Pairs(rs, onto(ls, d.ls, f.a.range @ av @ inverse))
+    ls = onto(ls, d.ls, f.a.range @ av @ inverse)
+    return Pairs(_scaled(rs, c), _scaled(ls, 1 / c))
+
+
+def _scaled(xs: list[Tensor], c: Tensor) -> list[Tensor]:
+    """c x for every matrix, c (B,)."""
+    if host_can_look(c) and bool((c == 1).all()):
+        return xs
+    return [x * s[:, None, None].to(x.dtype) for x, s in zip(xs, split(c, xs), strict=True)]
 
 
 def _parts(f: Frame, overlap: Overlap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -228,16 +236,20 @@ def _complete(av: Tensor, bv: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(lost, torch.linalg.svd(kept)[0], av), bv.masked_fill(lost, 0)
 
 
-def _gauge(f: Frame, s: Tensor) -> tuple[Tensor, Tensor]:
-    """h with A+ = h V+^T, and its inverse: (A A^T)^(1/2), raised where it is singular or B+ = U+ s h^-1 too large."""
+def _gauge(f: Frame, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h and c with A+ = c h V+^T: (A A^T)^(1/2), raised where it is singular, by c where B+ = U+ s h^-1 is too large.
+
+    Returns:
+        h and its inverse, (B, r, r); c, (B,), which is left out of them: an increment of x would lose x for a large c.
+    """
     values, vectors = f.a.eigen
     mean = [root.eigen[0].clamp_min(0).mean(-1, keepdim=True) for root in (f.a, f.b)]
     scale = torch.where(mean[0] > 0, mean[0], mean[1])
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     h = torch.where(values > RANK_EPS**2 * values[..., -1:].clamp_min(0), values, scale).sqrt()
     ratio = (s @ vectors / h[..., None, :]).square().sum((-2, -1)) / h.square().sum(-1)
-    h = h * (ratio.sqrt() / LARGEST).sqrt().clamp_min(1)[..., None]
-    return (vectors * h[..., None, :]) @ vectors.mT, (vectors / h[..., None, :]) @ vectors.mT
+    h, c = h[..., None, :], (ratio.sqrt() / LARGEST).sqrt().clamp_min(1)
+    return (vectors * h) @ vectors.mT, (vectors / h) @ vectors.mT, c
 
 
 def spectral(f: Frame, d: Pairs, overlap: Overlap, rate: Tensor) -> Pairs:

@@ -930,3 +930,17 @@ def test_bad_arguments_are_refused() -> None:
         FixedRankPair(transport="projecton")
     with pytest.raises(ConfigError, match=r"two parameters A, B.*lora='fixed-rank'"):
         constrain(nn.Linear(3, 4), "weight", m)
+
+
+@pytest.mark.parametrize("k", [3, 8, 15])
+def test_a_small_step_of_unbalanced_factors_is_small(k: int) -> None:
+    """A is scaled up as a whole, and nothing of B is lost on the way."""
+    torch.manual_seed(0)
+    m = FixedRankPair()
+    a, b = (torch.linalg.qr(torch.randn(n, 4))[0] for n in (30, 20))
+    x = AB(a.mT.contiguous() * 10.0**-k, b * 10.0**k)
+    u = m.random_tangent(x)
+    y = m.retract(x, AB(*(1e-6 * t for t in u)))
+    before, after = (z.B.double() @ z.A.double() for z in (x, y))
+    assert 1e-7 < (after - before).norm() / before.norm() < 1e-6
+    assert 99 < y.B.norm() / y.A.norm() < 101

@@ -591,6 +591,26 @@ def test_a_manifold_of_ones_own_is_refused_by_name() -> None:
         RiemannianWrapper(torch.optim.SGD([group], lr=0.1))
 
 
+@pytest.mark.parametrize("retraction", ["polar", "qr", "cayley", "exp", "svd"])
+def test_a_step_that_would_lose_the_rotation_is_refused(retraction: str) -> None:
+    """At 1e9 float32 rounds the point beside the step away, and what is left turns either way."""
+    m, refused = SpecialOrthogonal(retraction=retraction), 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        p = nn.Parameter(m.random_point(5, 5, generator=generator))
+        x, p.grad = p.detach().clone(), 1e9 * torch.randn(5, 5, generator=generator)
+        try:
+            RiemannianWrapper(torch.optim.SGD([p], lr=1.0), m).step()
+        except StepError:
+            refused += 1
+            assert torch.equal(p.detach(), x)
+        assert torch.linalg.det(p.detach().double()) > 0
+    assert refused > 0
+    assert p.grad is not None
+    u = m.project_tangent(x, p.grad)
+    m.check(m.retract(x, 1e-9 * u))
+
+
 @pytest.mark.usefixtures("scratch_registries")
 def test_a_class_whose_methods_or_options_would_be_ignored_is_not_registered() -> None:
     class Bent(Stiefel):

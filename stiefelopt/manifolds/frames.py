@@ -198,7 +198,14 @@ class Frames(Manifold):
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """The point y = R(x, u) for a tangent u, by the manifold's retraction; R(x, 0) is x bit for bit."""
         self._check_shape(check_matrix("x", x).shape)
-        return self.retraction_part(x, u)
+        y, watch = self.retraction_part(x, u), self._watch(u)
+        if watch is not None:
+            watch([y])
+        return y
+
+    def _watch(self, step: Tensor, reduce: Reduce | None = None) -> Callable[[Tall], None] | None:
+        """What looks at the new points of such a step, u or x^T u; None where there is nothing to see."""
+        return None
 
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The geodesic of this metric from x in direction u at time 1."""
@@ -273,8 +280,10 @@ class Frames(Manifold):
         Raises:
             StepError: the displacement cannot be retracted, or a retraction of one's own left the manifold.
         """
-        still = unmoved_matrices(xs, ms, e, drift, reduce)
+        still, watch = unmoved_matrices(xs, ms, e, drift, reduce), self._watch(e, reduce)
         ys = self._new_points(xs, ms, e, scales, reduce)
+        if watch is not None:
+            watch(close(ys))
         if judge is not None:
             news = close(ys)
             unfit = judge(news)

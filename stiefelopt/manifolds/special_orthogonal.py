@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +10,27 @@ import torch
 from torch import Tensor
 
 from .. import metrics, projections
-from ..errors import NotOnManifoldError, ShapeError
+from ..errors import NotOnManifoldError, ShapeError, StepError
 from ..full_precision import full_precision
+from ..gram import Reduce, Tall
 from ..shapes import on_stacks
 from ..svd_factor import rotation_factor, turned
+from ..transforms import host_can_look
 from .base import register
 from .frames import Frames
 from .one_metric import OneMetric
+
+# The size of a step's entries from which on float32 may lose the point beside it; float64 does much later.
+LONG = 1e3
+
+
+def _check_turns(ys: Tall) -> None:
+    for y in ys:
+        if not bool((torch.linalg.det(y.detach().double()) > 0).all()):
+            raise StepError(
+                "so long a step loses the rotation beside it in rounding, and ends at a reflection; lower the learning "
+                "rate or clip the gradient."
+            )
 
 
 @register("SpecialOrthogonal")
@@ -24,7 +38,8 @@ from .one_metric import OneMetric
 class SpecialOrthogonal(OneMetric, Frames):
     """SO(n) = {x : x^T x = I, det x = 1}; tangent vectors x a, a skew-symmetric, with <u, v> = tr u^T v.
 
-    Points are square tensors (*b, n, n). No step changes the determinant, which is looked at by `check` alone.
+    Points are square tensors (*b, n, n). No step changes the determinant, but for one so long that rounding loses the
+    point it began at, which is a StepError (not on accelerators, nor where the rows lie on several ranks).
 
     Args:
         retraction: a name registered for Stiefel, or a plain function (x, u) -> y; "cayley" and "exp" are the group's.
@@ -54,6 +69,10 @@ class SpecialOrthogonal(OneMetric, Frames):
             raise ShapeError(
                 f"the shape {tuple(shape)} is not square, and a rotation is (*b, n, n): use Stiefel() for n x p."
             )
+
+    def _watch(self, step: Tensor, reduce: Reduce | None = None) -> Callable[[Tall], None] | None:
+        looks = reduce is None and host_can_look(step) and step.numel() > 0
+        return _check_turns if looks and bool(step.detach().abs().amax() > LONG) else None
 
     @full_precision
     def check(self, x: Tensor) -> None:
