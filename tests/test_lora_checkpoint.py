@@ -407,6 +407,74 @@ def test_a_module_used_in_two_places_cannot_be_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("saved", [["wte"], ["lm_head"], ["wte", "lm_head"]], ids=str)
+@pytest.mark.filterwarnings("error:.*ensure_weight_tying")
+def test_a_tied_weight_that_is_trained_is_exported_in_all_its_places(
+    saved: list[str], tmp_path: Path
+) -> None:
+    """PEFT trains copies of modules_to_save, and ties them again; then it comes in again, tied."""
+    model = disturb(adapt(gpt2(), target_modules=["c_attn"], modules_to_save=saved, r=2))
+    loaded = exported_to_peft(model, gpt2, tmp_path / "ours")
+    assert_near(logits(loaded), logits(model))
+    copies = {p for n, p in loaded.named_parameters(remove_duplicate=False) if "modules_to_save" in n}
+    assert len(copies) == 1
+    back: Any = import_lora(gpt2(), tmp_path / "ours")
+    assert_near(logits(back), logits(model))
+    assert back.lm_head.weight is back.transformer.wte.weight
+    assert back.lm_head.weight.requires_grad
+    loaded.save_pretrained(tmp_path / "theirs")
+    assert_near(logits(import_lora(gpt2(), tmp_path / "theirs")), logits(model))
+
+
+def encoder_decoder() -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 30,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    }
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
+def test_what_peft_cannot_tie_is_exported_as_copies(tmp_path: Path) -> None:
+    model: Any = adapt(encoder_decoder(), target_modules=["q"], modules_to_save=["shared"], r=2)
+    disturb(model)
+    loaded = exported_to_peft(model, encoder_decoder, tmp_path)
+    back: Any = import_lora(encoder_decoder(), tmp_path)
+    with torch.no_grad():
+        expected = model(IDS, labels=IDS).logits
+        assert_near(loaded(input_ids=IDS, labels=IDS).logits, expected)
+        assert_near(back(IDS, labels=IDS).logits, expected)
+    assert back.lm_head.weight is back.shared.weight
+
+
+def test_an_adapted_head_on_a_trained_embedding_cannot_be_exported(tmp_path: Path) -> None:
+    model = adapt(gpt2(), target_modules=["lm_head"], modules_to_save=["wte"], r=2)
+    with pytest.raises(ConfigError, match=r"lm_head holds.*trained in transformer\.wte.*adapter_state_dict"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("saved", [("wte",), ("lm_head",), ("wte", "lm_head")], ids=str)
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
+def test_copies_of_a_tied_weight_come_in_where_it_is_untied(saved: tuple[str, ...], tmp_path: Path) -> None:
+    theirs = peft_checkpoint((gpt2, ["c_attn"], saved), tmp_path)
+    model: Any = gpt2()
+    before = everything(model)
+    with pytest.raises(
+        ConfigError, match=r"wte\.weight and lm_head\.weight are one.*lm_head\.weight\.detach"
+    ):
+        import_lora(model, tmp_path)
+    assert_unchanged(model, before)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert_near(logits(import_lora(model, tmp_path)), logits(theirs))
+
+
 def test_a_parent_used_in_two_places_is_exported(tmp_path: Path) -> None:
     """PEFT, too, changes what is inside it for both."""
 

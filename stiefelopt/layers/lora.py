@@ -21,6 +21,7 @@ from ..full_precision import full_precision
 from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
 from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
+from .tied import check_tied, peft_ties, tied_to
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -108,10 +109,10 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     Raises:
         ConfigError: no adapted layer, Conv1D and Linear mixed, an adapted or saved module that is used in two places,
-            or safetensors is not installed.
+            an adapted layer whose base weight is trained in a saved one, or safetensors is not installed.
     """
     safetensors = _safetensors()
-    parts = parts_of(model, adapter_name)
+    parts = _with_tied(parts_of(model, adapter_name))
     _check_places(parts)
     orientations = {layer.fan_in_fan_out for layer in parts.layers.values()}
     if len(orientations) > 1:
@@ -140,6 +141,24 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     write_once(model.parameters(), write)
     return path
+
+
+def _with_tied(parts: Parts) -> Parts:
+    """The parts with all modules that hold a trained parameter among the saved ones, since PEFT trains copies.
+
+    PEFT ties the copies again where it can; elsewhere they have the same values.
+    """
+    tied = tied_to(parts.model, parts.saved)
+    adapted = (n for n in parts.layers if any(name.startswith(n + ".") for name in tied))
+    holder = next(adapted, "the model itself" if "" in tied else None)
+    if holder is not None:
+        raise ConfigError(
+            f"{holder} holds a parameter that is trained in {', '.join(parts.saved)}, where PEFT would train a copy; "
+            f"save it with adapter_state_dict, or merge_adapters(model) and save the whole model."
+        )
+    saved = {**parts.saved, **tied}
+    about = {"ensure_weight_tying": True} if peft_ties(parts.model, saved) else {}
+    return Parts(parts.model, parts.layers, saved, {**parts.about, **about})
 
 
 def _check_places(parts: Parts) -> None:
@@ -235,9 +254,12 @@ def import_lora(
     config = json.loads((path / CONFIG).read_text())
     _check_plain(config, path)
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
-    endings = list(config.get("modules_to_save") or ())
+    endings = _modules_to_save(model, config)
     pairs, saved = _sort_tensors(model, tensors, endings)
-    put_in = getattr(layer, "put_in", None) or functools.partial(_adapt_to, layer)
+    put_in = getattr(layer, "put_in", None)
+    if put_in is None:  # PEFT trains copies, `adapt` the parameters themselves
+        check_tied(model, {f"{name}.{key}": t for name, state in saved.items() for key, t in state.items()})
+        put_in = functools.partial(_adapt_to, layer)
     ranks = {name: len(a) for name, (a, _) in pairs.items()}
     adapted = put_in(model, ranks, endings, {"task_type": config.get("task_type")}, **layer_options)
     parts = parts_of(adapted, None)
@@ -263,6 +285,15 @@ def _check_plain(config: Mapping[str, Any], path: Path) -> None:
             f"needed: save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
             f"PEFT has for PiSSA, OLoRA, CorDA and LoRA-GA."
         )
+
+
+def _modules_to_save(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """The name endings of the modules saved whole, with those that PEFT has tied to them."""
+    endings = list(config.get("modules_to_save") or ())
+    if not config.get("ensure_weight_tying"):
+        return endings
+    saved = {name: m for name, m in model.named_modules() if name and ends_with(name, endings)}
+    return [*endings, *tied_to(model, saved)]
 
 
 def _adapt_to(
