@@ -581,6 +581,14 @@ def test_out_and_in_again(kind: Kind, init: str, tmp_path: Path) -> None:
     assert_near(logits(back), logits(model))
 
 
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_of_the_heads_that_peft_names_those_that_are_there_come_in(task: str, tmp_path: Path) -> None:
+    """It writes modules_to_save = ["classifier", "score"], whichever the model has."""
+    theirs = peft_checkpoint(KINDS["Linear and a head"], tmp_path, task_type=task)
+    assert "score" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert_near(logits(import_lora(bert(), tmp_path)), logits(theirs.base_model.model))
+
+
 def test_an_untrained_checkpoint_has_b_zero(tmp_path: Path) -> None:
     peft_checkpoint(KINDS["Linear"], tmp_path, init_lora_weights=True)
     model = import_lora(bert(), tmp_path)

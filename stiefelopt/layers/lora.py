@@ -288,8 +288,12 @@ def _check_plain(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _modules_to_save(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
-    """The name endings of the modules saved whole, with those that PEFT has tied to them."""
-    endings = list(config.get("modules_to_save") or ())
+    """The name endings of the modules saved whole, with those that PEFT has tied to them.
+
+    Those that the model lacks are left out, as PEFT does: for a classifier it writes both "classifier" and "score".
+    """
+    named = config.get("modules_to_save") or ()
+    endings = [e for e in named if any(ends_with(name, [e]) for name, _ in model.named_modules())]
     if not config.get("ensure_weight_tying"):
         return endings
     saved = {name: m for name, m in model.named_modules() if name and ends_with(name, endings)}
@@ -341,8 +345,9 @@ def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[st
                 )
         else:
             raise ConfigError(
-                f"the checkpoint holds {key!r}, which is neither half of a LoRA pair on a linear layer nor part of "
-                f"modules_to_save; only plain LoRA (bias='none') can be imported."
+                f"the checkpoint holds {key!r}, which is neither half of a LoRA pair on a linear layer nor part of a "
+                f"module of the model in modules_to_save; only plain LoRA (bias='none') can be imported, into its own "
+                f"base model."
             )
     if not pairs:
         raise ConfigError("the checkpoint has no LoRA pair; plain LoRA on linear layers is needed.")
