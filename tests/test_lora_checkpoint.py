@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from stiefelopt import (
     ConfigError,
     RiemannianWrapper,
+    RiemannLoRALinear,
     StelLALinear,
     Stiefel,
     adapt,
@@ -579,6 +580,53 @@ def test_out_and_in_again(kind: Kind, init: str, tmp_path: Path) -> None:
     export_lora(model, tmp_path)
     back = import_lora(kind[0](), tmp_path)
     assert_near(logits(back), logits(model))
+
+
+def untied(head: float = 1.0, size: int = 30) -> Any:
+    """A language model with a head of its own, a multiple of the embedding."""
+    model = gpt2()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(head * model.lm_head.weight.detach())
+    model.resize_token_embeddings(size)
+    return model
+
+
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(gpt2, gpt2), (untied, untied), (lambda: untied(2.0), untied)],
+    ids=["tied", "untied", "another head"],
+)
+@pytest.mark.parametrize("init", [False, True], ids=["trained", "B = 0"])
+def test_the_head_that_peft_saves_below_its_adapter_comes_in(
+    layer: Any, theirs: Any, ours: Any, init: bool, tmp_path: Path
+) -> None:
+    expected = logits(peft_checkpoint((theirs, ["lm_head"], ()), tmp_path, init_lora_weights=init))
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert_near(logits(import_lora(ours(), tmp_path, layer)), expected)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (
+            lambda: untied(size=33),
+            untied,
+            r"'lm_head\.weight' as \(33, 16\).*\(30, 16\).*resize_token_embeddings\(33\)",
+        ),
+        (lambda: untied(2.0), gpt2, r"wte\.weight and lm_head\.weight are one parameter.*changes them apart"),
+    ],
+    ids=["resized", "tied here"],
+)
+def test_a_head_that_does_not_fit_changes_nothing(
+    theirs: Any, ours: Any, message: str, tmp_path: Path
+) -> None:
+    peft_checkpoint((theirs, ["lm_head"], ()), tmp_path)
+    model = ours()
+    before = everything(model)
+    with pytest.raises(ConfigError, match=message):
+        import_lora(model, tmp_path)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -255,14 +256,20 @@ def import_lora(
     _check_plain(config, path)
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
     endings = _modules_to_save(model, config)
-    pairs, saved = _sort_tensors(model, tensors, endings)
+    pairs, saved, base = _sort_tensors(model, tensors, endings)
     put_in = getattr(layer, "put_in", None)
+    changed = dict(base)
     if put_in is None:  # PEFT trains copies, `adapt` the parameters themselves
-        check_tied(model, {f"{name}.{key}": t for name, state in saved.items() for key, t in state.items()})
+        changed.update({f"{name}.{key}": t for name, state in saved.items() for key, t in state.items()})
         put_in = functools.partial(_adapt_to, layer)
+    check_tied(model, changed)
+    weights = {model.get_parameter(name): t for name, t in base.items()}
     ranks = {name: len(a) for name, (a, _) in pairs.items()}
     adapted = put_in(model, ranks, endings, {"task_type": config.get("task_type")}, **layer_options)
     parts = parts_of(adapted, None)
+    with torch.no_grad():
+        for p, t in weights.items():
+            p.copy_(t)
     for name, (a, b) in pairs.items():
         scaled = _lora_scale(config, name, len(a)) * b.double()
         parts.layers[name].load_factors(_factors(scaled, a.double(), parts.layers[name]))
@@ -325,18 +332,38 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 States = dict[str, dict[str, Tensor]]
 
 
-def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[str]) -> tuple[Pairs, States]:
-    """(A, B) by layer and the states of the modules saved whole; whatever fits neither is refused by name."""
-    modules = dict(model.named_modules())
+def _vocabulary(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model's embedding and of its head, by name."""
+    parts: list[Any] = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):
+            parts.append(getattr(model, get, lambda: None)())
+    named = [(name, m) for name, m in model.named_modules() if any(m is part for part in parts)]
+    return {f"{name}.{key}": p for name, m in named for key, p in m.named_parameters()}
+
+
+def _sort_tensors(
+    model: nn.Module, tensors: dict[str, Tensor], endings: list[str]
+) -> tuple[Pairs, States, dict[str, Tensor]]:
+    """(A, B) by layer, the states of the modules saved whole, and base weights that the model has otherwise.
+
+    PEFT saves embedding and head where they are among the targets or the vocabulary has been resized. Whatever fits
+    nowhere is refused by name.
+    """
+    modules, vocabulary = dict(model.named_modules()), _vocabulary(model)
     pairs: Pairs = {}
+    base: dict[str, Tensor] = {}
     saved: States = {name: {} for name in modules if name and ends_with(name, endings)}
     for key, t in tensors.items():
         name, _, part = key.rpartition(".lora_")
         owner = next((n for n in saved if key.startswith(n + ".")), None)
+        plain = key.replace(".base_layer.", ".")
         if part == "A.weight" and f"{name}.lora_B.weight" in tensors:
             pairs[name] = t, tensors[f"{name}.lora_B.weight"]
         elif owner is not None:
             saved[owner][key[len(owner) + 1 :]] = t
+        elif plain in vocabulary:
+            base[plain] = t
         elif part in ("A.weight", "B.weight"):
             other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
             if other not in tensors:
@@ -351,6 +378,13 @@ def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[st
             )
     if not pairs:
         raise ConfigError("the checkpoint has no LoRA pair; plain LoRA on linear layers is needed.")
+    for name, t in base.items():
+        own = tuple(vocabulary[name].shape)
+        if t.shape != own:
+            raise ConfigError(
+                f"the checkpoint holds the base weight {name!r} as {tuple(t.shape)}, and the model has {own}: another "
+                f"base model, or one whose vocabulary was resized; model.resize_token_embeddings({len(t)}) first."
+            )
     for name, (a, b) in pairs.items():
         if name not in modules:
             raise ConfigError(
@@ -364,7 +398,8 @@ def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[st
             )
     for name, state in saved.items():
         check_state(name, modules[name], state)
-    return pairs, saved
+    differing = {k: t for k, t in base.items() if not torch.equal(t.to(vocabulary[k]), vocabulary[k])}
+    return pairs, saved, differing
 
 
 def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:

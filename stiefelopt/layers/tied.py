@@ -43,8 +43,8 @@ def check_tied(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for prefix, module in model.named_modules():
         for key, p in module.named_parameters(recurse=False):
             held.setdefault(p, []).append(f"{prefix}.{key}" if prefix else key)
-    for names in held.values():
-        given = [values[name] for name in names if name in values]
+    for p, names in held.items():
+        given = [values[name].to(p) for name in names if name in values]
         if given and (len(given) < len(names) or any(not torch.equal(t, given[0]) for t in given)):
             last = f"model.{names[-1]}"
             raise ConfigError(
