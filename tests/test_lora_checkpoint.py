@@ -391,11 +391,13 @@ def test_only_the_adapted_layers_are_targets_of_the_checkpoint(targets: str, tmp
     assert theirs == ours
 
 
-def test_conv1d_and_linear_together_cannot_be_one_checkpoint(tmp_path: Path) -> None:
-    model = adapt(gpt2(), target_modules=["c_attn", "lm_head"], r=3)
-    with pytest.raises(ConfigError, match=r"mix Conv1D and Linear.*separate"):
-        export_lora(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_conv1d_and_linear_go_out_and_come_in_together(tmp_path: Path) -> None:
+    """PEFT corrects fan_in_fan_out layer by layer."""
+    model = disturb(adapt(untied(), target_modules=["c_attn", "lm_head"], r=3))
+    loaded = exported_to_peft(model, untied, tmp_path)
+    assert_near(logits(loaded), logits(model))
+    assert_near(logits(loaded.merge_and_unload()), logits(model))
+    assert_near(logits(import_lora(untied(), tmp_path)), logits(model))
 
 
 def test_a_module_used_in_two_places_cannot_be_exported(tmp_path: Path) -> None:

@@ -109,17 +109,12 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         The directory.
 
     Raises:
-        ConfigError: no adapted layer, Conv1D and Linear mixed, an adapted or saved module that is used in two places,
-            an adapted layer whose base weight is trained in a saved one, or safetensors is not installed.
+        ConfigError: no adapted layer, an adapted or saved module that is used in two places, an adapted layer whose
+            base weight is trained in a saved one, or safetensors is not installed.
     """
     safetensors = _safetensors()
     parts = _with_tied(parts_of(model, adapter_name))
     _check_places(parts)
-    orientations = {layer.fan_in_fan_out for layer in parts.layers.values()}
-    if len(orientations) > 1:
-        raise ConfigError(
-            "a LoRA checkpoint cannot mix Conv1D and Linear layers; export them from separate models."
-        )
     tensors: dict[str, Tensor] = {}
     ranks = {}
     for name, layer in parts.layers.items():
@@ -133,7 +128,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         state = {f"{_PREFIX}{name}.{k}": whole(t).detach().cpu() for k, t in module.state_dict().items()}
         tensors.update({key: t.clone(memory_format=torch.contiguous_format) for key, t in state.items()})
     path = Path(directory)
-    config = _lora_config(parts, ranks, fan_in_fan_out=orientations.pop())
+    config = _lora_config(parts, ranks)
 
     def write() -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -192,7 +187,7 @@ def rank_patterns(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     return common, {"^" + re.escape(name): k for name, k in ranks.items() if k != common}
 
 
-def _lora_config(parts: Parts, ranks: dict[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
+def _lora_config(parts: Parts, ranks: dict[str, int]) -> dict[str, Any]:
     """adapter_config.json: scale 1 everywhere, since alpha equals the rank."""
     common, others = rank_patterns(ranks)
     return {
@@ -203,7 +198,8 @@ def _lora_config(parts: Parts, ranks: dict[str, int], *, fan_in_fan_out: bool) -
         "lora_alpha": common,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
+        # PEFT turns it layer by layer, with a warning, where Conv1D and Linear are mixed.
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in parts.layers.values()),
         "target_modules": exact_targets(parts.model, ranks),
         "modules_to_save": list(parts.saved) or None,
         "rank_pattern": others,
