@@ -695,6 +695,11 @@ def _too_wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    name = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight"
+    return {**tensors, name: tensors[name] * float("nan")}
+
+
 def _without_a_b(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: t for k, t in tensors.items() if not k.endswith("layer.1.attention.self.value.lora_B.weight")}
 
@@ -726,6 +731,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "ranks that differ": (edit_tensors(_one_of_rank_2), r"rank.*one rank"),
     "layers the model lacks": (edit_tensors(_other_layers), r"layer\.7"),
     "shapes that do not fit": (edit_tensors(_too_wide), r"layer\.1\.attention\.self\.value.*17"),
+    "NaN": (edit_tensors(_with_nan), r"layer\.1\.attention\.self\.value.*NaN"),
     "A without B": (edit_tensors(_without_a_b), r"layer\.1\.attention\.self\.value.*lora_B"),
     "an adapted embedding": (edit_tensors(_with_embedding), r"word_embeddings"),
     "trained biases": (edit_tensors(_with_bias), r"bias"),

@@ -930,6 +930,13 @@ def test_pefts_own_conversion_to_lora(config: Config, make: Make, tmp_path: Path
     near(logits(PeftModel.from_pretrained(make(), tmp_path)), logits(model), 1e-5)
 
 
+def test_an_import_may_train_biases_too(tmp_path: Path) -> None:
+    expected = lora_checkpoint(bert, tmp_path, target_modules=["query"])
+    model = import_lora(bert(), tmp_path, StellaConfig, bias="all")
+    near(logits(model), expected, 1e-5)
+    assert all(p.requires_grad for n, p in model.named_parameters() if n.endswith(".bias"))
+
+
 def test_import_takes_a_class_and_keeps_the_task(tmp_path: Path) -> None:
     lora_checkpoint(llama, tmp_path, target_modules=TARGETS, task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=r"object StellaConfig.*a class is needed"):

@@ -53,13 +53,14 @@ class Parts:
 
     Attributes:
         model: where these names are found. layers: the adapted ones. saved: modules trained whole.
-        about: further entries of adapter_config.json.
+        about: further entries of adapter_config.json. beyond: what a plain LoRA checkpoint would lack, if anything.
     """
 
     model: nn.Module
     layers: dict[str, LowRankLinear]
     saved: dict[str, nn.Module]
     about: dict[str, Any] = field(default_factory=dict)
+    beyond: str = ""
 
 
 # A reader gives the parts of the models it knows, and None of others; integrations add theirs.
@@ -113,7 +114,10 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
             base weight is trained in a saved one, or safetensors is not installed.
     """
     safetensors = _safetensors()
-    parts = _with_tied(parts_of(model, adapter_name))
+    parts = parts_of(model, adapter_name)
+    if parts.beyond:
+        raise ConfigError(f"{parts.beyond}, which a plain LoRA checkpoint cannot hold; use save_pretrained.")
+    parts = _with_tied(parts)
     _check_places(parts)
     tensors: dict[str, Tensor] = {}
     ranks = {}
@@ -261,14 +265,19 @@ def import_lora(
     check_tied(model, changed)
     weights = {model.get_parameter(name): t for name, t in base.items()}
     ranks = {name: len(a) for name, (a, _) in pairs.items()}
+    factors = {
+        name: _factors(name, _lora_scale(config, name, len(a)) * b.double(), a.double())
+        for name, (a, b) in pairs.items()
+    }
     adapted = put_in(model, ranks, endings, {"task_type": config.get("task_type")}, **layer_options)
     parts = parts_of(adapted, None)
     with torch.no_grad():
         for p, t in weights.items():
             p.copy_(t)
-    for name, (a, b) in pairs.items():
-        scaled = _lora_scale(config, name, len(a)) * b.double()
-        parts.layers[name].load_factors(_factors(scaled, a.double(), parts.layers[name]))
+    for name, (u, sigma, v) in factors.items():
+        adapter = parts.layers[name]
+        state = adapter.factors_from(u, sigma / adapter.scale, v)
+        adapter.load_factors({key: t.to(adapter.U) for key, t in state.items()})
     for name, state in saved.items():
         parts.saved[name].load_state_dict(state)
     return adapted
@@ -406,10 +415,13 @@ def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:
 
 
 @full_precision
-def _factors(b: Tensor, a: Tensor, layer: LowRankLinear) -> dict[str, Tensor]:
-    """U, S, V with scale U S V^T = b a, through two thin QRs and an r x r SVD."""
+def _factors(name: str, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, the diagonal of S, and V with U S V^T = b a, through two thin QRs and an r x r SVD."""
+    if not bool(torch.isfinite(b).all() & torch.isfinite(a).all()):
+        raise ConfigError(
+            f"the checkpoint's pair of {name!r} holds NaN or infinite values; use one that was saved before they came."
+        )
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(rb @ ra.T)
-    state = layer.factors_from(qb @ u, s / layer.scale, qa @ vh.T)
-    return {name: t.to(layer.U) for name, t in state.items()}
+    return qb @ u, s, qa @ vh.T
