@@ -661,6 +661,37 @@ def test_alpha_patterns_mean_what_peft_says(pattern: dict[str, int], tmp_path: P
     assert_near(logits(import_lora(bert(), tmp_path)), logits(theirs))
 
 
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+@pytest.mark.parametrize(
+    "options",
+    [{"rank_pattern": {"value": 2, "layer.1.attention.self.query": 7}}, {"r": 20}],
+    ids=["several", "more than the layer's size"],
+)
+def test_any_ranks_come_in(layer: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = peft_checkpoint(KINDS["Linear"], tmp_path, **options)
+    model = import_lora(bert(), tmp_path, layer)
+    assert_near(logits(model), logits(theirs))
+    ranks = {
+        n.removeprefix("base_model.model."): min(m.r["default"], m.in_features, m.out_features)
+        for n, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    assert {n: m.r for n, m in model.named_modules() if isinstance(m, layer)} == ranks
+
+
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+def test_a_start_taken_out_at_a_large_rank_goes_out_and_in(layer: Any, tmp_path: Path) -> None:
+    """Pairs of rank 2 r, more than the layer has."""
+    init: Any = {"init": "pseudo-zero"} if layer is StelLALinear else {}
+    model = adapt(bert(), layer, target_modules=["query", "intermediate.dense"], r=12, **init)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".S"):
+                p.add_(torch.randn(p.shape), alpha=0.1)
+    assert_near(logits(exported_to_peft(model, bert, tmp_path)), logits(model))
+    assert_near(logits(import_lora(bert(), tmp_path, layer)), logits(model))
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         file = path / "adapter_config.json"
@@ -679,13 +710,6 @@ def edit_tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Ca
 
 def _other_layers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.replace("layer.1.", "layer.7."): t for k, t in tensors.items()}
-
-
-def _one_of_rank_2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    cut = {
-        k: (t[:2] if "lora_A" in k else t[:, :2]).contiguous() for k, t in tensors.items() if "layer.1" in k
-    }
-    return {**tensors, **cut}
 
 
 def _too_wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -728,7 +752,6 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "Arrow": (edit_config(arrow_config={"top_k": 3}), r"Arrow.*plain LoRA"),
     "replicated layers": (edit_config(layer_replication=[[0, 2], [1, 2]]), r"layer_replication.*plain LoRA"),
     "a quantized base": (edit_config(init_lora_weights="loftq"), r"'loftq'.*base weights.*plain LoRA"),
-    "ranks that differ": (edit_tensors(_one_of_rank_2), r"rank.*one rank"),
     "layers the model lacks": (edit_tensors(_other_layers), r"layer\.7"),
     "shapes that do not fit": (edit_tensors(_too_wide), r"layer\.1\.attention\.self\.value.*17"),
     "NaN": (edit_tensors(_with_nan), r"layer\.1\.attention\.self\.value.*NaN"),

@@ -229,7 +229,8 @@ def import_lora(
         model: the plain base model.
         directory: a stock LoRA checkpoint with safetensors.
         layer: the adapter to use: a layer class, or a config class of our PEFT tuners, which gives a PeftModel.
-        layer_options: passed on, for example dropout; ranks and scales come from the checkpoint.
+        layer_options: passed on, for example dropout; ranks, which may differ by layer, and scales come from the
+            checkpoint.
 
     Returns:
         The model, or the PeftModel around it.
@@ -264,11 +265,11 @@ def import_lora(
         put_in = functools.partial(_adapt_to, layer)
     check_tied(model, changed)
     weights = {model.get_parameter(name): t for name, t in base.items()}
-    ranks = {name: len(a) for name, (a, _) in pairs.items()}
     factors = {
         name: _factors(name, _lora_scale(config, name, len(a)) * b.double(), a.double())
         for name, (a, b) in pairs.items()
     }
+    ranks = {name: len(sigma) for name, (_, sigma, _) in factors.items()}
     adapted = put_in(model, ranks, endings, {"task_type": config.get("task_type")}, **layer_options)
     parts = parts_of(adapted, None)
     with torch.no_grad():
@@ -320,16 +321,16 @@ def _adapt_to(
     about: Mapping[str, Any],
     **layer_options: Any,
 ) -> nn.Module:
-    """Adapt exactly the named modules with layers of the given rank and scale 1; what it is about has no place here."""
-    r, others = rank_patterns(ranks)
-    if others:
-        raise ConfigError(
-            f"the checkpoint has LoRA pairs of {len({*ranks.values()})} ranks, and adapt makes layers of one rank; "
-            f"import it as a PEFT adapter, with a config class of stiefelopt.integrations.peft in place of the layer."
-        )
+    """Adapt exactly the named modules with layers of these ranks and scale 1; what it is about has no place here."""
     exactly = "|".join(map(re.escape, ranks))
+    rank_of = {model.get_submodule(name): r for name, r in ranks.items()}
+
+    def of_its_rank(base: nn.Module, r: int, **options: Any) -> LowRankLinear:
+        return layer(base, rank_of[base], **options)
+
+    r = min(ranks.values())  # one that all may have
     return adapt(
-        model, layer, target_modules=exactly, modules_to_save=modules_to_save, r=r, alpha=r, **layer_options
+        model, of_its_rank, target_modules=exactly, modules_to_save=modules_to_save, r=r, **layer_options
     )
 
 
@@ -416,12 +417,15 @@ def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:
 
 @full_precision
 def _factors(name: str, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, the diagonal of S, and V with U S V^T = b a, through two thin QRs and an r x r SVD."""
+    """U, the diagonal of S, and V with U S V^T = b a, through two thin QRs and the SVD of a small matrix.
+
+    Their rank is that of the pair or, where that is larger, the smaller size of the layer: b a has no more.
+    """
     if not bool(torch.isfinite(b).all() & torch.isfinite(a).all()):
         raise ConfigError(
             f"the checkpoint's pair of {name!r} holds NaN or infinite values; use one that was saved before they came."
         )
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T)
+    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
     return qb @ u, s, qa @ vh.T
