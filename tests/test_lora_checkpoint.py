@@ -22,6 +22,7 @@ from stiefelopt import (
     RiemannLoRALinear,
     StelLALinear,
     Stiefel,
+    UnknownNameError,
     adapt,
     adapter_state_dict,
     export_lora,
@@ -511,6 +512,58 @@ def test_saved_modules_are_exported_however_they_lie_in_memory(tmp_path: Path) -
     disturb(model.to(memory_format=torch.channels_last))
     x = torch.randn(4, 3, 3, 3)
     assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
+
+
+def decoder_classifier() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": 29}
+    return transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes, num_labels=3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "task", "auto", "kind"),
+    [
+        (gpt2, "c_attn", None, "AutoPeftModel", "PeftModel"),
+        (gpt2, "c_attn", None, "AutoPeftModelForCausalLM", "PeftModelForCausalLM"),
+        (gpt2, "c_attn", "CAUSAL_LM", "AutoPeftModelForCausalLM", "PeftModelForCausalLM"),
+        (bert, "query", None, "AutoPeftModel", "PeftModel"),
+        (
+            bert,
+            "query",
+            "SEQ_CLS",
+            "AutoPeftModelForSequenceClassification",
+            "PeftModelForSequenceClassification",
+        ),
+        (
+            decoder_classifier,
+            "c_attn",
+            "SEQ_CLS",
+            "AutoPeftModelForSequenceClassification",
+            "PeftModelForSequenceClassification",
+        ),
+    ],
+)
+def test_pefts_auto_classes_find_model_and_adapter(
+    make: Any, target: str, task: str | None, auto: str, kind: str, tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path / "base")
+    base = type(make()).from_pretrained(tmp_path / "base")
+    model = disturb(adapt(base, target_modules=[target], r=2))
+    export_lora(model, tmp_path / "lora", task_type=task)
+    loaded = getattr(peft, auto).from_pretrained(tmp_path / "lora")
+    assert type(loaded).__name__ == kind
+    assert_near(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("LM", r"'LM'; use one of 'CAUSAL_LM'"), ("SEQ_CLS", r"SEQ_CLS.*classifier whole.*adapted")],
+)
+def test_tasks_that_peft_could_not_load_are_refused(task: str, message: str, tmp_path: Path) -> None:
+    model = adapt(bert(), target_modules=["query", "classifier"], r=2)
+    with pytest.raises((UnknownNameError, ConfigError), match=message):
+        export_lora(model, tmp_path / "out", task_type=task)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_name_means_nothing_here(tmp_path: Path) -> None:

@@ -736,10 +736,11 @@ def test_transformers_own_adapters(config: Config, tmp_path: Path) -> None:
 
 
 @both
-def test_auto_classes_find_base_and_adapter(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_auto_classes_find_base_and_adapter(config: Config, task: str | None, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, config(r=3, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, config(r=3, target_modules=TARGETS, task_type=task))
     train(model)
     for directory in ("adapter", "lora"):
         if directory == "lora":
@@ -750,7 +751,7 @@ def test_auto_classes_find_base_and_adapter(config: Config, tmp_path: Path) -> N
         near(logits(loaded), logits(model))
     saved = PeftConfig.from_pretrained(tmp_path / "adapter")
     assert isinstance(saved, config)
-    assert saved.task_type == "CAUSAL_LM"
+    assert saved.task_type == task
     assert (saved.r, saved.target_modules) == (3, set(TARGETS))
 
 

@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import whole, write_once
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownNameError
 from ..full_precision import full_precision
 from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
 from .low_rank import LowRankLinear, linear_sizes
@@ -43,6 +43,15 @@ _BEYOND_LORA = {
 }
 # The options of `adapt` and of our tuners that a checkpoint decides.
 _FROM_CHECKPOINT = {"r", "alpha", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"}
+# PEFT's tasks, and the endings of the modules that it takes to be saved whole for them, where the model has them.
+_TASKS: dict[str, tuple[str, ...]] = {
+    "CAUSAL_LM": (),
+    "SEQ_2_SEQ_LM": (),
+    "FEATURE_EXTRACTION": (),
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # Beginnings of `init_lora_weights` that change W itself, so that the pairs are meant for another base model.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -94,7 +103,13 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    task_type: str | None = None,
+) -> Path:
     """Write the adapters as a stock PEFT LoRA checkpoint, which `peft.PeftModel.from_pretrained` loads.
 
     B A is the net change of each weight: U S V^T has rank r, so the checkpoint has rank r too (2 r where the
@@ -105,11 +120,15 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
             Sharded: called on all ranks, the first one writes.
         directory: made if missing; adapter_config.json and adapter_model.safetensors are written to it.
         adapter_name: of a PEFT model; default: the active one.
+        task_type: PEFT's word for what the model does, such as "CAUSAL_LM": PEFT then loads it as that kind of
+            PeftModel, with the head of a classifier among what is saved. Default: that of a PEFT model; without one,
+            the model's class is written, which is all that PEFT's auto classes need.
 
     Returns:
         The directory.
 
     Raises:
+        UnknownNameError: a task that PEFT does not know.
         ConfigError: no adapted layer, an adapted or saved module that is used in two places, an adapted layer whose
             base weight is trained in a saved one, or safetensors is not installed.
     """
@@ -117,6 +136,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     parts = parts_of(model, adapter_name)
     if parts.beyond:
         raise ConfigError(f"{parts.beyond}, which a plain LoRA checkpoint cannot hold; use save_pretrained.")
+    if task_type is not None:
+        parts = _for_task(parts, task_type)
     parts = _with_tied(parts)
     _check_places(parts)
     tensors: dict[str, Tensor] = {}
@@ -143,6 +164,26 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     return path
 
 
+def _for_task(parts: Parts, task_type: str) -> Parts:
+    """The parts with the heads that PEFT takes to be saved whole for a task."""
+    if task_type not in _TASKS:
+        known = ", ".join(map(repr, _TASKS))
+        raise UnknownNameError(f"task_type is {task_type!r}; use one of {known}, or leave it out.")
+    heads = {name: m for name, m in parts.model.named_modules() if ends_with(name, _TASKS[task_type])}
+    adapted = next((name for name in heads if name in parts.layers), None)
+    if adapted is not None:
+        raise ConfigError(
+            f"task_type={task_type!r} makes PEFT save {adapted} whole, and it is adapted; leave task_type out."
+        )
+    return replace(parts, saved={**heads, **parts.saved}, about={**parts.about, "task_type": task_type})
+
+
+def _class_of(model: nn.Module) -> type:
+    """The class of a model; fully_shard puts two in front of it."""
+    first, second, *others = type(model).__mro__
+    return others[0] if second.__name__ == "FSDPModule" else first
+
+
 def _with_tied(parts: Parts) -> Parts:
     """The parts with all modules that hold a trained parameter among the saved ones, since PEFT trains copies.
 
@@ -158,7 +199,7 @@ def _with_tied(parts: Parts) -> Parts:
         )
     saved = {**parts.saved, **tied}
     about = {"ensure_weight_tying": True} if peft_ties(parts.model, saved) else {}
-    return Parts(parts.model, parts.layers, saved, {**parts.about, **about})
+    return replace(parts, saved=saved, about={**parts.about, **about})
 
 
 def _check_places(parts: Parts) -> None:
@@ -194,9 +235,12 @@ def rank_patterns(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 def _lora_config(parts: Parts, ranks: dict[str, int]) -> dict[str, Any]:
     """adapter_config.json: scale 1 everywhere, since alpha equals the rank."""
     common, others = rank_patterns(ranks)
+    model_class = _class_of(parts.model)
+    auto = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
     return {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": None if parts.about.get("task_type") else auto,  # as in PEFT
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,
