@@ -831,6 +831,8 @@ def adapters_leave_a_sharded_model_whole() -> None:
         ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in folders)
         assert set(ours) == set(theirs)
         assert any("modules_to_save" in name or ".4." in name for name in ours)
+        configs = [(folder / "adapter_config.json").read_text() for folder in folders]
+        assert configs[0] == configs[1]
         close_to([ours[name] for name in ours], [theirs[name] for name in ours], 1e-12)
 
 

@@ -19,8 +19,10 @@ from torch.optim import AdamW
 from stiefelopt import (
     ConfigError,
     RiemannianWrapper,
+    RiemannLoRALinear,
     StelLALinear,
     Stiefel,
+    UnknownNameError,
     adapt,
     adapter_state_dict,
     export_lora,
@@ -390,11 +392,13 @@ def test_only_the_adapted_layers_are_targets_of_the_checkpoint(targets: str, tmp
     assert theirs == ours
 
 
-def test_conv1d_and_linear_together_cannot_be_one_checkpoint(tmp_path: Path) -> None:
-    model = adapt(gpt2(), target_modules=["c_attn", "lm_head"], r=3)
-    with pytest.raises(ConfigError, match=r"mix Conv1D and Linear.*separate"):
-        export_lora(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_conv1d_and_linear_go_out_and_come_in_together(tmp_path: Path) -> None:
+    """PEFT corrects fan_in_fan_out layer by layer."""
+    model = disturb(adapt(untied(), target_modules=["c_attn", "lm_head"], r=3))
+    loaded = exported_to_peft(model, untied, tmp_path)
+    assert_near(logits(loaded), logits(model))
+    assert_near(logits(loaded.merge_and_unload()), logits(model))
+    assert_near(logits(import_lora(untied(), tmp_path)), logits(model))
 
 
 def test_a_module_used_in_two_places_cannot_be_exported(tmp_path: Path) -> None:
@@ -405,6 +409,74 @@ def test_a_module_used_in_two_places_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"inner\.lin and inner\.lin2 are one module.*merge_adapters"):
         export_lora(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("saved", [["wte"], ["lm_head"], ["wte", "lm_head"]], ids=str)
+@pytest.mark.filterwarnings("error:.*ensure_weight_tying")
+def test_a_tied_weight_that_is_trained_is_exported_in_all_its_places(
+    saved: list[str], tmp_path: Path
+) -> None:
+    """PEFT trains copies of modules_to_save, and ties them again; then it comes in again, tied."""
+    model = disturb(adapt(gpt2(), target_modules=["c_attn"], modules_to_save=saved, r=2))
+    loaded = exported_to_peft(model, gpt2, tmp_path / "ours")
+    assert_near(logits(loaded), logits(model))
+    copies = {p for n, p in loaded.named_parameters(remove_duplicate=False) if "modules_to_save" in n}
+    assert len(copies) == 1
+    back: Any = import_lora(gpt2(), tmp_path / "ours")
+    assert_near(logits(back), logits(model))
+    assert back.lm_head.weight is back.transformer.wte.weight
+    assert back.lm_head.weight.requires_grad
+    loaded.save_pretrained(tmp_path / "theirs")
+    assert_near(logits(import_lora(gpt2(), tmp_path / "theirs")), logits(model))
+
+
+def encoder_decoder() -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 30,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    }
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
+def test_what_peft_cannot_tie_is_exported_as_copies(tmp_path: Path) -> None:
+    model: Any = adapt(encoder_decoder(), target_modules=["q"], modules_to_save=["shared"], r=2)
+    disturb(model)
+    loaded = exported_to_peft(model, encoder_decoder, tmp_path)
+    back: Any = import_lora(encoder_decoder(), tmp_path)
+    with torch.no_grad():
+        expected = model(IDS, labels=IDS).logits
+        assert_near(loaded(input_ids=IDS, labels=IDS).logits, expected)
+        assert_near(back(IDS, labels=IDS).logits, expected)
+    assert back.lm_head.weight is back.shared.weight
+
+
+def test_an_adapted_head_on_a_trained_embedding_cannot_be_exported(tmp_path: Path) -> None:
+    model = adapt(gpt2(), target_modules=["lm_head"], modules_to_save=["wte"], r=2)
+    with pytest.raises(ConfigError, match=r"lm_head holds.*trained in transformer\.wte.*adapter_state_dict"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("saved", [("wte",), ("lm_head",), ("wte", "lm_head")], ids=str)
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
+def test_copies_of_a_tied_weight_come_in_where_it_is_untied(saved: tuple[str, ...], tmp_path: Path) -> None:
+    theirs = peft_checkpoint((gpt2, ["c_attn"], saved), tmp_path)
+    model: Any = gpt2()
+    before = everything(model)
+    with pytest.raises(
+        ConfigError, match=r"wte\.weight and lm_head\.weight are one.*lm_head\.weight\.detach"
+    ):
+        import_lora(model, tmp_path)
+    assert_unchanged(model, before)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert_near(logits(import_lora(model, tmp_path)), logits(theirs))
 
 
 def test_a_parent_used_in_two_places_is_exported(tmp_path: Path) -> None:
@@ -440,6 +512,58 @@ def test_saved_modules_are_exported_however_they_lie_in_memory(tmp_path: Path) -
     disturb(model.to(memory_format=torch.channels_last))
     x = torch.randn(4, 3, 3, 3)
     assert_near(exported_to_peft(model, make, tmp_path)(x).detach(), model(x).detach())
+
+
+def decoder_classifier() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": 29}
+    return transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes, num_labels=3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "task", "auto", "kind"),
+    [
+        (gpt2, "c_attn", None, "AutoPeftModel", "PeftModel"),
+        (gpt2, "c_attn", None, "AutoPeftModelForCausalLM", "PeftModelForCausalLM"),
+        (gpt2, "c_attn", "CAUSAL_LM", "AutoPeftModelForCausalLM", "PeftModelForCausalLM"),
+        (bert, "query", None, "AutoPeftModel", "PeftModel"),
+        (
+            bert,
+            "query",
+            "SEQ_CLS",
+            "AutoPeftModelForSequenceClassification",
+            "PeftModelForSequenceClassification",
+        ),
+        (
+            decoder_classifier,
+            "c_attn",
+            "SEQ_CLS",
+            "AutoPeftModelForSequenceClassification",
+            "PeftModelForSequenceClassification",
+        ),
+    ],
+)
+def test_pefts_auto_classes_find_model_and_adapter(
+    make: Any, target: str, task: str | None, auto: str, kind: str, tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path / "base")
+    base = type(make()).from_pretrained(tmp_path / "base")
+    model = disturb(adapt(base, target_modules=[target], r=2))
+    export_lora(model, tmp_path / "lora", task_type=task)
+    loaded = getattr(peft, auto).from_pretrained(tmp_path / "lora")
+    assert type(loaded).__name__ == kind
+    assert_near(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("LM", r"'LM'; use one of 'CAUSAL_LM'"), ("SEQ_CLS", r"SEQ_CLS.*classifier whole.*adapted")],
+)
+def test_tasks_that_peft_could_not_load_are_refused(task: str, message: str, tmp_path: Path) -> None:
+    model = adapt(bert(), target_modules=["query", "classifier"], r=2)
+    with pytest.raises((UnknownNameError, ConfigError), match=message):
+        export_lora(model, tmp_path / "out", task_type=task)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_name_means_nothing_here(tmp_path: Path) -> None:
@@ -513,6 +637,61 @@ def test_out_and_in_again(kind: Kind, init: str, tmp_path: Path) -> None:
     assert_near(logits(back), logits(model))
 
 
+def untied(head: float = 1.0, size: int = 30) -> Any:
+    """A language model with a head of its own, a multiple of the embedding."""
+    model = gpt2()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(head * model.lm_head.weight.detach())
+    model.resize_token_embeddings(size)
+    return model
+
+
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(gpt2, gpt2), (untied, untied), (lambda: untied(2.0), untied)],
+    ids=["tied", "untied", "another head"],
+)
+@pytest.mark.parametrize("init", [False, True], ids=["trained", "B = 0"])
+def test_the_head_that_peft_saves_below_its_adapter_comes_in(
+    layer: Any, theirs: Any, ours: Any, init: bool, tmp_path: Path
+) -> None:
+    expected = logits(peft_checkpoint((theirs, ["lm_head"], ()), tmp_path, init_lora_weights=init))
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert_near(logits(import_lora(ours(), tmp_path, layer)), expected)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (
+            lambda: untied(size=33),
+            untied,
+            r"'lm_head\.weight' as \(33, 16\).*\(30, 16\).*resize_token_embeddings\(33\)",
+        ),
+        (lambda: untied(2.0), gpt2, r"wte\.weight and lm_head\.weight are one parameter.*changes them apart"),
+    ],
+    ids=["resized", "tied here"],
+)
+def test_a_head_that_does_not_fit_changes_nothing(
+    theirs: Any, ours: Any, message: str, tmp_path: Path
+) -> None:
+    peft_checkpoint((theirs, ["lm_head"], ()), tmp_path)
+    model = ours()
+    before = everything(model)
+    with pytest.raises(ConfigError, match=message):
+        import_lora(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_of_the_heads_that_peft_names_those_that_are_there_come_in(task: str, tmp_path: Path) -> None:
+    """It writes modules_to_save = ["classifier", "score"], whichever the model has."""
+    theirs = peft_checkpoint(KINDS["Linear and a head"], tmp_path, task_type=task)
+    assert "score" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert_near(logits(import_lora(bert(), tmp_path)), logits(theirs.base_model.model))
+
+
 def test_an_untrained_checkpoint_has_b_zero(tmp_path: Path) -> None:
     peft_checkpoint(KINDS["Linear"], tmp_path, init_lora_weights=True)
     model = import_lora(bert(), tmp_path)
@@ -535,6 +714,37 @@ def test_alpha_patterns_mean_what_peft_says(pattern: dict[str, int], tmp_path: P
     assert_near(logits(import_lora(bert(), tmp_path)), logits(theirs))
 
 
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+@pytest.mark.parametrize(
+    "options",
+    [{"rank_pattern": {"value": 2, "layer.1.attention.self.query": 7}}, {"r": 20}],
+    ids=["several", "more than the layer's size"],
+)
+def test_any_ranks_come_in(layer: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = peft_checkpoint(KINDS["Linear"], tmp_path, **options)
+    model = import_lora(bert(), tmp_path, layer)
+    assert_near(logits(model), logits(theirs))
+    ranks = {
+        n.removeprefix("base_model.model."): min(m.r["default"], m.in_features, m.out_features)
+        for n, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    assert {n: m.r for n, m in model.named_modules() if isinstance(m, layer)} == ranks
+
+
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+def test_a_start_taken_out_at_a_large_rank_goes_out_and_in(layer: Any, tmp_path: Path) -> None:
+    """Pairs of rank 2 r, more than the layer has."""
+    init: Any = {"init": "pseudo-zero"} if layer is StelLALinear else {}
+    model = adapt(bert(), layer, target_modules=["query", "intermediate.dense"], r=12, **init)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".S"):
+                p.add_(torch.randn(p.shape), alpha=0.1)
+    assert_near(logits(exported_to_peft(model, bert, tmp_path)), logits(model))
+    assert_near(logits(import_lora(bert(), tmp_path, layer)), logits(model))
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         file = path / "adapter_config.json"
@@ -555,18 +765,16 @@ def _other_layers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.replace("layer.1.", "layer.7."): t for k, t in tensors.items()}
 
 
-def _one_of_rank_2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    cut = {
-        k: (t[:2] if "lora_A" in k else t[:, :2]).contiguous() for k, t in tensors.items() if "layer.1" in k
-    }
-    return {**tensors, **cut}
-
-
 def _too_wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         k: torch.zeros(3, 17) if k.endswith("layer.1.attention.self.value.lora_A.weight") else t
         for k, t in tensors.items()
     }
+
+
+def _with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    name = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight"
+    return {**tensors, name: tensors[name] * float("nan")}
 
 
 def _without_a_b(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -597,9 +805,9 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "Arrow": (edit_config(arrow_config={"top_k": 3}), r"Arrow.*plain LoRA"),
     "replicated layers": (edit_config(layer_replication=[[0, 2], [1, 2]]), r"layer_replication.*plain LoRA"),
     "a quantized base": (edit_config(init_lora_weights="loftq"), r"'loftq'.*base weights.*plain LoRA"),
-    "ranks that differ": (edit_tensors(_one_of_rank_2), r"rank.*one rank"),
     "layers the model lacks": (edit_tensors(_other_layers), r"layer\.7"),
     "shapes that do not fit": (edit_tensors(_too_wide), r"layer\.1\.attention\.self\.value.*17"),
+    "NaN": (edit_tensors(_with_nan), r"layer\.1\.attention\.self\.value.*NaN"),
     "A without B": (edit_tensors(_without_a_b), r"layer\.1\.attention\.self\.value.*lora_B"),
     "an adapted embedding": (edit_tensors(_with_embedding), r"word_embeddings"),
     "trained biases": (edit_tensors(_with_bias), r"bias"),

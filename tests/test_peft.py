@@ -736,10 +736,11 @@ def test_transformers_own_adapters(config: Config, tmp_path: Path) -> None:
 
 
 @both
-def test_auto_classes_find_base_and_adapter(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_auto_classes_find_base_and_adapter(config: Config, task: str | None, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, config(r=3, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, config(r=3, target_modules=TARGETS, task_type=task))
     train(model)
     for directory in ("adapter", "lora"):
         if directory == "lora":
@@ -750,7 +751,7 @@ def test_auto_classes_find_base_and_adapter(config: Config, tmp_path: Path) -> N
         near(logits(loaded), logits(model))
     saved = PeftConfig.from_pretrained(tmp_path / "adapter")
     assert isinstance(saved, config)
-    assert saved.task_type == "CAUSAL_LM"
+    assert saved.task_type == task
     assert (saved.r, saved.target_modules) == (3, set(TARGETS))
 
 
@@ -928,6 +929,13 @@ def test_pefts_own_conversion_to_lora(config: Config, make: Make, tmp_path: Path
     assert model.supports_lora_conversion()
     peft.save_as_lora(tmp_path, model, rank=6)
     near(logits(PeftModel.from_pretrained(make(), tmp_path)), logits(model), 1e-5)
+
+
+def test_an_import_may_train_biases_too(tmp_path: Path) -> None:
+    expected = lora_checkpoint(bert, tmp_path, target_modules=["query"])
+    model = import_lora(bert(), tmp_path, StellaConfig, bias="all")
+    near(logits(model), expected, 1e-5)
+    assert all(p.requires_grad for n, p in model.named_parameters() if n.endswith(".bias"))
 
 
 def test_import_takes_a_class_and_keeps_the_task(tmp_path: Path) -> None:

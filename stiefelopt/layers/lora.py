@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import whole, write_once
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownNameError
 from ..full_precision import full_precision
 from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
 from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
+from .tied import check_tied, peft_ties, tied_to
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -41,6 +43,15 @@ _BEYOND_LORA = {
 }
 # The options of `adapt` and of our tuners that a checkpoint decides.
 _FROM_CHECKPOINT = {"r", "alpha", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"}
+# PEFT's tasks, and the endings of the modules that it takes to be saved whole for them, where the model has them.
+_TASKS: dict[str, tuple[str, ...]] = {
+    "CAUSAL_LM": (),
+    "SEQ_2_SEQ_LM": (),
+    "FEATURE_EXTRACTION": (),
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # Beginnings of `init_lora_weights` that change W itself, so that the pairs are meant for another base model.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -51,13 +62,14 @@ class Parts:
 
     Attributes:
         model: where these names are found. layers: the adapted ones. saved: modules trained whole.
-        about: further entries of adapter_config.json.
+        about: further entries of adapter_config.json. beyond: what a plain LoRA checkpoint would lack, if anything.
     """
 
     model: nn.Module
     layers: dict[str, LowRankLinear]
     saved: dict[str, nn.Module]
     about: dict[str, Any] = field(default_factory=dict)
+    beyond: str = ""
 
 
 # A reader gives the parts of the models it knows, and None of others; integrations add theirs.
@@ -91,7 +103,13 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    task_type: str | None = None,
+) -> Path:
     """Write the adapters as a stock PEFT LoRA checkpoint, which `peft.PeftModel.from_pretrained` loads.
 
     B A is the net change of each weight: U S V^T has rank r, so the checkpoint has rank r too (2 r where the
@@ -102,22 +120,26 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
             Sharded: called on all ranks, the first one writes.
         directory: made if missing; adapter_config.json and adapter_model.safetensors are written to it.
         adapter_name: of a PEFT model; default: the active one.
+        task_type: PEFT's word for what the model does, such as "CAUSAL_LM": PEFT then loads it as that kind of
+            PeftModel, with the head of a classifier among what is saved. Default: that of a PEFT model; without one,
+            the model's class is written, which is all that PEFT's auto classes need.
 
     Returns:
         The directory.
 
     Raises:
-        ConfigError: no adapted layer, Conv1D and Linear mixed, an adapted or saved module that is used in two places,
-            or safetensors is not installed.
+        UnknownNameError: a task that PEFT does not know.
+        ConfigError: no adapted layer, an adapted or saved module that is used in two places, an adapted layer whose
+            base weight is trained in a saved one, or safetensors is not installed.
     """
     safetensors = _safetensors()
     parts = parts_of(model, adapter_name)
+    if parts.beyond:
+        raise ConfigError(f"{parts.beyond}, which a plain LoRA checkpoint cannot hold; use save_pretrained.")
+    if task_type is not None:
+        parts = _for_task(parts, task_type)
+    parts = _with_tied(parts)
     _check_places(parts)
-    orientations = {layer.fan_in_fan_out for layer in parts.layers.values()}
-    if len(orientations) > 1:
-        raise ConfigError(
-            "a LoRA checkpoint cannot mix Conv1D and Linear layers; export them from separate models."
-        )
     tensors: dict[str, Tensor] = {}
     ranks = {}
     for name, layer in parts.layers.items():
@@ -131,7 +153,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         state = {f"{_PREFIX}{name}.{k}": whole(t).detach().cpu() for k, t in module.state_dict().items()}
         tensors.update({key: t.clone(memory_format=torch.contiguous_format) for key, t in state.items()})
     path = Path(directory)
-    config = _lora_config(parts, ranks, fan_in_fan_out=orientations.pop())
+    config = _lora_config(parts, ranks)
 
     def write() -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -140,6 +162,44 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     write_once(model.parameters(), write)
     return path
+
+
+def _for_task(parts: Parts, task_type: str) -> Parts:
+    """The parts with the heads that PEFT takes to be saved whole for a task."""
+    if task_type not in _TASKS:
+        known = ", ".join(map(repr, _TASKS))
+        raise UnknownNameError(f"task_type is {task_type!r}; use one of {known}, or leave it out.")
+    heads = {name: m for name, m in parts.model.named_modules() if ends_with(name, _TASKS[task_type])}
+    adapted = next((name for name in heads if name in parts.layers), None)
+    if adapted is not None:
+        raise ConfigError(
+            f"task_type={task_type!r} makes PEFT save {adapted} whole, and it is adapted; leave task_type out."
+        )
+    return replace(parts, saved={**heads, **parts.saved}, about={**parts.about, "task_type": task_type})
+
+
+def _class_of(model: nn.Module) -> type:
+    """The class of a model; fully_shard puts two in front of it."""
+    first, second, *others = type(model).__mro__
+    return others[0] if second.__name__ == "FSDPModule" else first
+
+
+def _with_tied(parts: Parts) -> Parts:
+    """The parts with all modules that hold a trained parameter among the saved ones, since PEFT trains copies.
+
+    PEFT ties the copies again where it can; elsewhere they have the same values.
+    """
+    tied = tied_to(parts.model, parts.saved)
+    adapted = (n for n in parts.layers if any(name.startswith(n + ".") for name in tied))
+    holder = next(adapted, "the model itself" if "" in tied else None)
+    if holder is not None:
+        raise ConfigError(
+            f"{holder} holds a parameter that is trained in {', '.join(parts.saved)}, where PEFT would train a copy; "
+            f"save it with adapter_state_dict, or merge_adapters(model) and save the whole model."
+        )
+    saved = {**parts.saved, **tied}
+    about = {"ensure_weight_tying": True} if peft_ties(parts.model, saved) else {}
+    return replace(parts, saved=saved, about={**parts.about, **about})
 
 
 def _check_places(parts: Parts) -> None:
@@ -172,18 +232,22 @@ def rank_patterns(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     return common, {"^" + re.escape(name): k for name, k in ranks.items() if k != common}
 
 
-def _lora_config(parts: Parts, ranks: dict[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
+def _lora_config(parts: Parts, ranks: dict[str, int]) -> dict[str, Any]:
     """adapter_config.json: scale 1 everywhere, since alpha equals the rank."""
     common, others = rank_patterns(ranks)
+    model_class = _class_of(parts.model)
+    auto = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
     return {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": None if parts.about.get("task_type") else auto,  # as in PEFT
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
+        # PEFT turns it layer by layer, with a warning, where Conv1D and Linear are mixed.
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in parts.layers.values()),
         "target_modules": exact_targets(parts.model, ranks),
         "modules_to_save": list(parts.saved) or None,
         "rank_pattern": others,
@@ -209,7 +273,8 @@ def import_lora(
         model: the plain base model.
         directory: a stock LoRA checkpoint with safetensors.
         layer: the adapter to use: a layer class, or a config class of our PEFT tuners, which gives a PeftModel.
-        layer_options: passed on, for example dropout; ranks and scales come from the checkpoint.
+        layer_options: passed on, for example dropout; ranks, which may differ by layer, and scales come from the
+            checkpoint.
 
     Returns:
         The model, or the PeftModel around it.
@@ -235,15 +300,29 @@ def import_lora(
     config = json.loads((path / CONFIG).read_text())
     _check_plain(config, path)
     tensors = {k.removeprefix(_PREFIX): t for k, t in safetensors.load_file(str(path / WEIGHTS)).items()}
-    endings = list(config.get("modules_to_save") or ())
-    pairs, saved = _sort_tensors(model, tensors, endings)
-    put_in = getattr(layer, "put_in", None) or functools.partial(_adapt_to, layer)
-    ranks = {name: len(a) for name, (a, _) in pairs.items()}
+    endings = _modules_to_save(model, config)
+    pairs, saved, base = _sort_tensors(model, tensors, endings)
+    put_in = getattr(layer, "put_in", None)
+    changed = dict(base)
+    if put_in is None:  # PEFT trains copies, `adapt` the parameters themselves
+        changed.update({f"{name}.{key}": t for name, state in saved.items() for key, t in state.items()})
+        put_in = functools.partial(_adapt_to, layer)
+    check_tied(model, changed)
+    weights = {model.get_parameter(name): t for name, t in base.items()}
+    factors = {
+        name: _factors(name, _lora_scale(config, name, len(a)) * b.double(), a.double())
+        for name, (a, b) in pairs.items()
+    }
+    ranks = {name: len(sigma) for name, (_, sigma, _) in factors.items()}
     adapted = put_in(model, ranks, endings, {"task_type": config.get("task_type")}, **layer_options)
     parts = parts_of(adapted, None)
-    for name, (a, b) in pairs.items():
-        scaled = _lora_scale(config, name, len(a)) * b.double()
-        parts.layers[name].load_factors(_factors(scaled, a.double(), parts.layers[name]))
+    with torch.no_grad():
+        for p, t in weights.items():
+            p.copy_(t)
+    for name, (u, sigma, v) in factors.items():
+        adapter = parts.layers[name]
+        state = adapter.factors_from(u, sigma / adapter.scale, v)
+        adapter.load_factors({key: t.to(adapter.U) for key, t in state.items()})
     for name, state in saved.items():
         parts.saved[name].load_state_dict(state)
     return adapted
@@ -265,6 +344,19 @@ def _check_plain(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def _modules_to_save(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """The name endings of the modules saved whole, with those that PEFT has tied to them.
+
+    Those that the model lacks are left out, as PEFT does: for a classifier it writes both "classifier" and "score".
+    """
+    named = config.get("modules_to_save") or ()
+    endings = [e for e in named if any(ends_with(name, [e]) for name, _ in model.named_modules())]
+    if not config.get("ensure_weight_tying"):
+        return endings
+    saved = {name: m for name, m in model.named_modules() if name and ends_with(name, endings)}
+    return [*endings, *tied_to(model, saved)]
+
+
 def _adapt_to(
     layer: Callable[..., LowRankLinear],
     model: nn.Module,
@@ -273,16 +365,16 @@ def _adapt_to(
     about: Mapping[str, Any],
     **layer_options: Any,
 ) -> nn.Module:
-    """Adapt exactly the named modules with layers of the given rank and scale 1; what it is about has no place here."""
-    r, others = rank_patterns(ranks)
-    if others:
-        raise ConfigError(
-            f"the checkpoint has LoRA pairs of {len({*ranks.values()})} ranks, and adapt makes layers of one rank; "
-            f"import it as a PEFT adapter, with a config class of stiefelopt.integrations.peft in place of the layer."
-        )
+    """Adapt exactly the named modules with layers of these ranks and scale 1; what it is about has no place here."""
     exactly = "|".join(map(re.escape, ranks))
+    rank_of = {model.get_submodule(name): r for name, r in ranks.items()}
+
+    def of_its_rank(base: nn.Module, r: int, **options: Any) -> LowRankLinear:
+        return layer(base, rank_of[base], **options)
+
+    r = min(ranks.values())  # one that all may have
     return adapt(
-        model, layer, target_modules=exactly, modules_to_save=modules_to_save, r=r, alpha=r, **layer_options
+        model, of_its_rank, target_modules=exactly, modules_to_save=modules_to_save, r=r, **layer_options
     )
 
 
@@ -290,18 +382,38 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 States = dict[str, dict[str, Tensor]]
 
 
-def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[str]) -> tuple[Pairs, States]:
-    """(A, B) by layer and the states of the modules saved whole; whatever fits neither is refused by name."""
-    modules = dict(model.named_modules())
+def _vocabulary(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model's embedding and of its head, by name."""
+    parts: list[Any] = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):
+            parts.append(getattr(model, get, lambda: None)())
+    named = [(name, m) for name, m in model.named_modules() if any(m is part for part in parts)]
+    return {f"{name}.{key}": p for name, m in named for key, p in m.named_parameters()}
+
+
+def _sort_tensors(
+    model: nn.Module, tensors: dict[str, Tensor], endings: list[str]
+) -> tuple[Pairs, States, dict[str, Tensor]]:
+    """(A, B) by layer, the states of the modules saved whole, and base weights that the model has otherwise.
+
+    PEFT saves embedding and head where they are among the targets or the vocabulary has been resized. Whatever fits
+    nowhere is refused by name.
+    """
+    modules, vocabulary = dict(model.named_modules()), _vocabulary(model)
     pairs: Pairs = {}
+    base: dict[str, Tensor] = {}
     saved: States = {name: {} for name in modules if name and ends_with(name, endings)}
     for key, t in tensors.items():
         name, _, part = key.rpartition(".lora_")
         owner = next((n for n in saved if key.startswith(n + ".")), None)
+        plain = key.replace(".base_layer.", ".")
         if part == "A.weight" and f"{name}.lora_B.weight" in tensors:
             pairs[name] = t, tensors[f"{name}.lora_B.weight"]
         elif owner is not None:
             saved[owner][key[len(owner) + 1 :]] = t
+        elif plain in vocabulary:
+            base[plain] = t
         elif part in ("A.weight", "B.weight"):
             other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
             if other not in tensors:
@@ -310,11 +422,19 @@ def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[st
                 )
         else:
             raise ConfigError(
-                f"the checkpoint holds {key!r}, which is neither half of a LoRA pair on a linear layer nor part of "
-                f"modules_to_save; only plain LoRA (bias='none') can be imported."
+                f"the checkpoint holds {key!r}, which is neither half of a LoRA pair on a linear layer nor part of a "
+                f"module of the model in modules_to_save; only plain LoRA (bias='none') can be imported, into its own "
+                f"base model."
             )
     if not pairs:
         raise ConfigError("the checkpoint has no LoRA pair; plain LoRA on linear layers is needed.")
+    for name, t in base.items():
+        own = tuple(vocabulary[name].shape)
+        if t.shape != own:
+            raise ConfigError(
+                f"the checkpoint holds the base weight {name!r} as {tuple(t.shape)}, and the model has {own}: another "
+                f"base model, or one whose vocabulary was resized; model.resize_token_embeddings({len(t)}) first."
+            )
     for name, (a, b) in pairs.items():
         if name not in modules:
             raise ConfigError(
@@ -328,7 +448,8 @@ def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[st
             )
     for name, state in saved.items():
         check_state(name, modules[name], state)
-    return pairs, saved
+    differing = {k: t for k, t in base.items() if not torch.equal(t.to(vocabulary[k]), vocabulary[k])}
+    return pairs, saved, differing
 
 
 def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:
@@ -339,10 +460,16 @@ def _lora_scale(config: dict[str, Any], name: str, r: int) -> float:
 
 
 @full_precision
-def _factors(b: Tensor, a: Tensor, layer: LowRankLinear) -> dict[str, Tensor]:
-    """U, S, V with scale U S V^T = b a, through two thin QRs and an r x r SVD."""
+def _factors(name: str, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, the diagonal of S, and V with U S V^T = b a, through two thin QRs and the SVD of a small matrix.
+
+    Their rank is that of the pair or, where that is larger, the smaller size of the layer: b a has no more.
+    """
+    if not bool(torch.isfinite(b).all() & torch.isfinite(a).all()):
+        raise ConfigError(
+            f"the checkpoint's pair of {name!r} holds NaN or infinite values; use one that was saved before they came."
+        )
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T)
-    state = layer.factors_from(qb @ u, s / layer.scale, qa @ vh.T)
-    return {name: t.to(layer.U) for name, t in state.items()}
+    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    return qb @ u, s, qa @ vh.T

@@ -17,7 +17,7 @@ def peft_parts(model: nn.Module, adapter_name: str | None) -> Parts | None:
 
     Raises:
         UnknownNameError: no adapter of that name.
-        ConfigError: several are active, or the one is more than plain LoRA.
+        ConfigError: several are active.
     """
     base, configs = _inside_wrappers(model)
     layers = {name: m for name, m in base.named_modules() if isinstance(m, AdaptedLinear)}
@@ -25,21 +25,17 @@ def peft_parts(model: nn.Module, adapter_name: str | None) -> Parts | None:
         return None
     name = _chosen(adapter_name, next(iter(layers.values())), configs)
     config = configs[name]
-    if config.bias != "none":
-        raise ConfigError(f"the adapter {name!r} trains biases, which a plain LoRA checkpoint lacks.")
+    beyond = f"the adapter {name!r} trains biases" if config.bias != "none" else ""
     saved = {}
     for key, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             if name in module.modules_to_save:
                 saved[key] = module.modules_to_save[name]
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            raise ConfigError(
-                f"{key} is a {type(module).__name__}, which a plain LoRA checkpoint cannot hold."
-            )
+            beyond = f"{key} is a {type(module).__name__}"
     about = {"task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path}
-    return Parts(
-        base, {key: m.adapters[name] for key, m in layers.items() if name in m.adapters}, saved, about
-    )
+    adapters = {key: m.adapters[name] for key, m in layers.items() if name in m.adapters}
+    return Parts(base, adapters, saved, about, beyond)
 
 
 def _inside_wrappers(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
