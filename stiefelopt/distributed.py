@@ -17,6 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def count_ranks() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_distributed(t: Tensor) -> bool:
     """Whether a tensor is a DTensor, replicated or sharded."""
     return hasattr(t, "device_mesh")

@@ -14,12 +14,15 @@ from torch.optim import Optimizer
 
 from .alarm import Alarm
 from .buckets import Bucket, make_buckets
+from .distributed import count_ranks
 from .errors import ConfigError, StepError, StiefelOptError
 from .full_precision import full_precision
 from .joint import JointStep
 from .manifolds import Manifold, carried, from_spec, may_carry
 from .placement import KEYS, Placement, check_point, read_placement, residual_of, resolve_orientation
+from .precision import inner_optimizers, lower_state
 from .scratch import Scratch
+from .shapes import HALF
 from .snapshot import Snapshot
 from .stacks import Slot, Stack
 
@@ -158,7 +161,18 @@ class ManifoldStep:
             )
 
     def _check_state(self, points: Sequence[tuple[int, list[Tensor], Placement]], index: int) -> None:
-        """Refuse to carry along moments that ZeroRedundancyOptimizer keeps out of sight, a part on each rank."""
+        """Refuse to carry along moments that ZeroRedundancyOptimizer keeps out of sight, a part on each rank.
+
+        And half precision in optimizers around others, where the ranks' gradients would no longer be averaged.
+        """
+        half = next((p.dtype for _, params, _ in points for p in params if p.dtype in HALF), None)
+        if half is not None and inner_optimizers(self.optimizer) and count_ranks() > 1:
+            raise ConfigError(
+                f"group {index} has {half} parameters, which {type(self.optimizer).__name__}, an optimizer around "
+                f"another, can only step if they turn float32 in each step, and that takes them away from "
+                f"DistributedDataParallel: keep them in float32 and compute in half precision (torch.autocast), or "
+                f"wrap the inner optimizer alone."
+            )
         found = (getattr(placement.manifold, "transport", "none") for _, _, placement in points)
         transport = next((name for name in found if name != "none"), None)
         hides = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(self.optimizer).__mro__)
@@ -187,11 +201,22 @@ class ManifoldStep:
                 found.append([Slot(*slot, g) for slot in zip(params, labels, lying, strict=True)])
         return found
 
+    def stepped_points(self) -> list[list[Slot]]:
+        """Those that are not empty."""
+        return [point for point in self.points() if all(s.p.numel() for s in point)]
+
+    def lower_states(self, points: Sequence[Sequence[Slot]] = ()) -> None:
+        """Let half-precision parameters have state of their own dtype, but for those of these points."""
+        here = {id(slot.p) for point in points for slot in point}
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            if p.dtype in HALF and id(p) not in here:
+                lower_state(self.optimizer, p)
+
     def live_settings(self) -> list[Settings]:
         """What every group says now, to be kept over a load."""
         return [settings_of(group) for group in self.optimizer.param_groups]
 
-    def keep_settings(self, live: Sequence[Settings]) -> list[Tensor]:
+    def keep_settings(self, live: Sequence[Settings]) -> None:
         """After a load: where saved and live manifold keys differ, warn, and let the live ones stay."""
         for i, (group, own) in enumerate(zip(self.optimizer.param_groups, live, strict=True)):
             saved = settings_of(group)
@@ -203,7 +228,6 @@ class ManifoldStep:
             for key in saved:
                 del group[key]
             group.update(own)
-        return [slot.p for point in self.points() for slot in point]
 
     def residuals(self) -> dict[object, float]:
         """Distance from the constraint of every point, by the label of its first parameter."""
@@ -230,7 +254,8 @@ class ManifoldStep:
         """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""
         if self._signature is None or not _same(self._sign(), self._signature):
             self.adopt_all()
-            points = [point for point in self.points() if all(s.p.numel() for s in point)]
+            points = self.stepped_points()
+            self.lower_states(points)
             whole = [point for point in points if _has_gradients(point)]
             _check_gradients([slot for point in whole for slot in point])
             self._joint_step.dissolve()
@@ -364,10 +389,10 @@ class ManifoldStep:
 
     def return_gradients(self) -> None:
         """Undo what `before` did to the gradients."""
+        for stack in self._stacks():  # before the joints: stand-ins went into their lists
+            stack.return_gradients()
         self._joint_step.leave()
         self._return_withheld()
-        for stack in self._stacks():
-            stack.return_gradients()
 
     def _return_withheld(self) -> None:
         for p, grad in self._withheld:

@@ -222,7 +222,7 @@ class RiemannianWrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         self._core.check_saved(state_dict)
         live = self._core.live_settings()
-        with lifted(slot.p for point in self._core.points() for slot in point):
+        with lifted(self.optimizer, [slot.p for point in self._core.stepped_points() for slot in point]):
             self.optimizer.load_state_dict(state_dict)
         self._core.keep_settings(live)
         for post in self._optimizer_load_state_dict_post_hooks.values():

@@ -8,6 +8,7 @@ hung.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import importlib
 import json
@@ -927,6 +928,36 @@ def data_parallel_ranks_stay_equal() -> None:
             optimizer.step()
         assert all(everywhere_equal(p) for p in model.parameters())
         same_models(model, alone, 1e-9)
+
+
+@case
+def data_parallel_ranks_stay_equal_in_half_precision() -> None:
+    """Their gradients are averaged after steps and loads, too; optimizers around others cannot have it."""
+
+    def network_of_halves() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).bfloat16()
+        return constrain(model, "0.weight", Stiefel())
+
+    for wrap in (RiemannianWrapper, attach):
+        for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+            module = network_of_halves()
+            model = DistributedDataParallel(module, **options)  # type: ignore[arg-type]
+            optimizer = AdamW(param_groups(module, lr=1e-2))
+            handle = wrap(optimizer)
+            stepping = handle if isinstance(handle, RiemannianWrapper) else optimizer
+            for step in range(4):
+                if step == 2:
+                    stepping.load_state_dict(copy.deepcopy(stepping.state_dict()))
+                stepping.zero_grad()
+                x = torch.randn(8, 6, generator=seeded(10 * step + dist.get_rank()))
+                model(x.bfloat16()).square().mean().backward()
+                assert all(everywhere_equal(p.grad) for p in model.parameters() if p.grad is not None)
+                stepping.step()
+            assert all(everywhere_equal(p) for p in model.parameters())
+    zero = ZeroRedundancyOptimizer(param_groups(network_of_halves()), optimizer_class=AdamW)
+    with refused(ConfigError, "bfloat16", "ZeroRedundancyOptimizer", "autocast"):
+        RiemannianWrapper(zero)
 
 
 # Checkpoints: saved on two ranks, loaded on one and three
