@@ -836,6 +836,71 @@ def adapters_leave_a_sharded_model_whole() -> None:
 
 
 @case
+def after_an_evaluation_the_shards_are_read_and_written() -> None:
+    """The root's own layers hold whole parameters then, which the next forward pass throws away."""
+
+    def evaluated(layer: Any, **options: Any) -> Any:
+        model = network(layer, **options)
+        fully_shard(model[0])
+        fully_shard(model)
+        return evaluate(model)
+
+    def evaluate(model: Any) -> Any:
+        with torch.no_grad():
+            model(torch.ones(4, 9, dtype=torch.float64))
+        assert not isinstance(model[3].U, DTensor)
+        return model
+
+    for layer, options in (LAYERS[0], LAYERS[3]):
+        other = network(layer, seed=1, **options)
+        best = adapter_state_dict(other)
+
+        model = evaluated(layer, **options)
+        load_adapter_state_dict(model, best)
+        assert all(torch.equal(t, best[name]) for name, t in adapter_state_dict(evaluate(model)).items())
+        model = evaluated(layer, **options)
+        for adapter, whole_one in ((model[0], other[0]), (model[3], other[3])):
+            adapter.load_factors(whole_one.factor_state())
+        evaluate(model)
+        for read in (
+            lambda m: m.to_lora(),
+            lambda m: m.factor_state().values(),
+            lambda m: [m.delta_weight()],
+        ):
+            assert all(map(torch.equal, read(model[3]), read(other[3])))
+            assert isinstance(model[3].U, DTensor)
+            evaluate(model)
+        optimizer = optimizer_for(model)
+        for group in optimizer.param_groups:
+            assert all(isinstance(p, DTensor) for p in group["params"])
+        export_lora(evaluate(model), FOLDER / f"evaluated-{layer.__name__}")
+        assert isinstance(model[3].U, DTensor)
+        with refused(ConfigError, "merge()", "before fully_shard"):
+            evaluate(model)[3].merge()
+        with refused(ConfigError, "merge()", "before fully_shard"):
+            merge_adapters(evaluate(model))
+        torch.manual_seed(dist.get_rank())
+        evaluate(model)[3].reset_parameters()
+        started = whole(model[3].U)
+        assert Stiefel().residual(started) < 1e-12  # no rows of different matrices
+        assert torch.equal(evaluate(model)[3].U, started)
+    model = network(None)
+    fully_shard(model[3])
+    fully_shard(model)
+    with torch.no_grad():
+        loss_of(model, 0, my_part())
+    torch.manual_seed(dist.get_rank())
+    constrain(model, "0.weight", Stiefel(), init="random")
+    started = whole(model[0].weight)
+    assert Stiefel().residual(started) < 1e-12
+    with torch.no_grad():
+        loss_of(model, 0, my_part())
+    assert torch.equal(model[0].weight, started)
+    with refused(ConfigError, "adapt the model first, then shard it"):
+        adapt(model, target_modules=["0"], r=2)
+
+
+@case
 def what_comes_too_late_for_whole_layers_is_refused() -> None:
     model = network(RiemannLoRALinear, correction="keep")
     fully_shard(model[3])
