@@ -163,7 +163,8 @@ class ManifoldStep:
     def _check_state(self, points: Sequence[tuple[int, list[Tensor], Placement]], index: int) -> None:
         """Refuse to carry along moments that ZeroRedundancyOptimizer keeps out of sight, a part on each rank.
 
-        And half precision in optimizers around others, where the ranks' gradients would no longer be averaged.
+        And half precision in optimizers around others, where the ranks' gradients would no longer be averaged, and
+        averages of points, where what becomes of these depends on where each rank came from.
         """
         half = next((p.dtype for _, params, _ in points for p in params if p.dtype in HALF), None)
         if half is not None and inner_optimizers(self.optimizer) and count_ranks() > 1:
@@ -175,13 +176,21 @@ class ManifoldStep:
             )
         found = (getattr(placement.manifold, "transport", "none") for _, _, placement in points)
         transport = next((name for name in found if name != "none"), None)
-        hides = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(self.optimizer).__mro__)
-        if hides and transport is not None:
+        classes = {cls.__name__ for cls in type(self.optimizer).__mro__}
+        if "ZeroRedundancyOptimizer" in classes and transport is not None:
             raise ConfigError(
                 f"group {index} carries its moments to every new point (transport={transport!r}), and "
                 f"ZeroRedundancyOptimizer shows none: use fully_shard, a manifold with transport='none', or, for one "
                 f"parameter a point, ZeroRedundancyOptimizer(groups, optimizer_class=lambda params, **options: "
-                f"RiemannianWrapper(AdamW(params, **options)))."
+                f"RiemannianWrapper(AdamW(params, **options), nonfinite='skip')): each rank sees its own points alone, "
+                f"and would raise alone while the others wait for it."
+            )
+        if "PostLocalSGDOptimizer" in classes and not all(_forgets_start(p) for _, _, p in points):
+            raise ConfigError(
+                f"group {index} is on a manifold, and PostLocalSGDOptimizer averages points inside its step: each rank "
+                f"would retract that average from its own point, and replicas would never agree. Let "
+                f"DistributedDataParallel average gradients in every step, without PostLocalSGDOptimizer, or use "
+                f"Stiefel(projection='none', retraction='polar') without a displacement_scale."
             )
 
     def check_saved(self, state: Mapping[str, Any]) -> None:
@@ -426,6 +435,11 @@ def _coupled_decay(group: Mapping[str, Any]) -> float:
     """The group's weight decay, unless it says that it is decoupled."""
     decay = group.get("weight_decay", 0)
     return 0.0 if isinstance(decay, Tensor) or group.get("decoupled_weight_decay") else decay or 0.0
+
+
+def _forgets_start(placement: Placement) -> bool:
+    """Whether a new point depends on where the inner optimizer left it, and not on where it was before."""
+    return placement.displacement_scale == 1 and getattr(placement.manifold, "_normalizes_moved", False)
 
 
 def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor], Placement]]:

@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -488,7 +489,7 @@ def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> No
     for manifold in (Stiefel(transport="projection"), FixedRank()):
         given = values[:1] if manifold.parts == 1 else [t.float() for t in triple(12, 8, 2)]
         groups = groups_of([nn.Parameter(v.clone()) for v in given], manifold)
-        with refused(ConfigError, "ZeroRedundancyOptimizer", "fully_shard"):
+        with refused(ConfigError, "ZeroRedundancyOptimizer", "fully_shard", "nonfinite='skip'"):
             RiemannianWrapper(ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=1e-2))
 
     def inside(params: list[Any]) -> Any:
@@ -498,7 +499,9 @@ def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> No
     def around(params: list[Any]) -> Any:
         return ZeroRedundancyOptimizer(
             groups_of(params, Stiefel(transport="projection")),
-            optimizer_class=lambda ps, **options: RiemannianWrapper(AdamW(ps, **options)),  # type: ignore[arg-type]
+            optimizer_class=lambda ps, **options: RiemannianWrapper(  # type: ignore[arg-type]
+                AdamW(ps, **options), nonfinite="skip"
+            ),
             lr=1e-2,
         )
 
@@ -512,6 +515,30 @@ def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> No
             trained(params, build(params), steps=3)
             runs.append(params)
         close_to(runs[0], runs[1], 1e-6)
+
+
+@case
+def averages_of_points_are_taken_only_where_ranks_then_agree() -> None:
+    def made(p: nn.Parameter, manifold: Any, **keys: Any) -> RiemannianWrapper:
+        sgd = SGD(groups_of([p], manifold, **keys), lr=0.3)
+        return RiemannianWrapper(PostLocalSGDOptimizer(sgd, PeriodicModelAverager(period=2)))
+
+    for manifold, keys in (
+        (Stiefel(), {}),
+        (Oblique(), {}),
+        (Stiefel(projection="none", retraction="cayley"), {}),
+        (Stiefel(projection="none"), {"displacement_scale": 0.5}),
+    ):
+        with refused(ConfigError, "PostLocalSGDOptimizer", "DistributedDataParallel", "projection='none'"):
+            made(nn.Parameter(points((12, 3))[0]), manifold, **keys)
+    for retraction in ("polar", "qr"):
+        p = nn.Parameter(points((12, 3))[0])
+        optimizer = made(p, Stiefel(projection="none", retraction=retraction))
+        for step in range(5):
+            p.grad = torch.randn(12, 3, generator=seeded(100 * step + dist.get_rank()), dtype=torch.float64)
+            optimizer.step()
+            assert everywhere_equal(p) == (step % 2 == 0)
+        assert Stiefel().residual(p) < 1e-12
 
 
 class _Event:
