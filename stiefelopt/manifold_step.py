@@ -106,6 +106,7 @@ class ManifoldStep:
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
         self._signature: list[tuple[Settings, list[Tensor]]] | None = None
+        self._built_for: list[object] = []
 
     # Groups
 
@@ -281,7 +282,7 @@ class ManifoldStep:
             self._joint_step = JointStep(self.optimizer, [j for s in self._stacks() for j in s.joints])
             # A point moves as a whole or not at all.
             self._unpaired = [s.p for point in points if not _has_gradients(point) for s in point]
-            self._signature = self._sign()
+            self._signature, self._built_for = self._sign(), self._kinds()
         return self._buckets
 
     def _stacks(self) -> Iterator[Stack]:
@@ -316,15 +317,21 @@ class ManifoldStep:
         """
         self.recover()
         self._hear()
+        buckets = self._current_buckets()
         try:
-            self._convert(self._current_buckets())
-        except StiefelOptError:
-            raise
-        except (RuntimeError, TypeError):
+            self._convert(buckets)
+        except (RuntimeError, TypeError) as error:
             # What torch says when it gathers a parameter whose shape or dtype was changed behind its name, or whose
-            # gradient has become sparse: begin again, with all the checks.
+            # gradient has become sparse: begin again, with all the checks. Where a rank is lost there is no again.
+            if isinstance(error, StiefelOptError) or self._kinds() == self._built_for:
+                raise
             self._signature = None
             self._convert(self._current_buckets())
+
+    def _kinds(self) -> list[object]:
+        """What the stacks take for granted of their parameters and gradients."""
+        params = [p for stack in self._stacks() for p in stack.params]
+        return [(p.stride(), *[t if t is None else _kind(t) for t in (p, p.grad)]) for p in params]
 
     def _hear(self) -> None:
         """What accelerators have left alone in the step before."""
@@ -485,6 +492,10 @@ def _same(
     return len(now) == len(then) and all(
         a == b and len(p) == len(q) and all(map(is_, p, q)) for (a, p), (b, q) in zip(now, then, strict=True)
     )
+
+
+def _kind(t: Tensor) -> object:
+    return type(t), t.layout, t.dtype, t.shape, t.device
 
 
 def _has_gradients(point: Sequence[Slot]) -> bool:

@@ -1416,6 +1416,25 @@ def test_a_caller_can_name_other_moments() -> None:
     assert tangency(p, wrapper.state[p]["grad_avg"]) < 1e-13
 
 
+def test_a_step_that_fails_for_no_fault_of_the_parameters_is_not_begun_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A collective that another rank has left would wait for its timeout once more."""
+    model = Model()
+    wrapper = RiemannianWrapper(AdamW(model.groups()))
+    run(model, wrapper, range(2))
+    asked = []
+
+    def fail(bucket: object) -> None:
+        asked.append(bucket)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(buckets.Bucket, "convert_gradients", fail)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        run(model, wrapper, range(2, 3))
+    assert len(asked) == 1
+
+
 # Half precision: float32 masters
 
 HALVES = [torch.bfloat16, torch.float16]
