@@ -301,8 +301,8 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
     GradScaler unscales before the step, also for fused optimizers, and ``load_state_dict`` keeps the live manifolds,
     with a warning. torch runs no hook when a step raises: points and gradients are then put back by what comes first,
     the next step, ``state_dict`` or ``load_state_dict``, or the handle's ``residuals`` or ``remove``. Gradients
-    computed and points loaded in between are kept. Hooks stay behind when an optimizer is copied or pickled: attach to
-    the copy.
+    computed and points loaded in between are kept. With sharded points that communicates: after a step that failed,
+    call any of these on all ranks. Hooks stay behind when an optimizer is copied or pickled: attach to the copy.
 
     Args:
         optimizer: as for the wrapper. Its step must be called without a closure: hooks cannot run between

@@ -451,7 +451,7 @@ def what_cannot_be_sharded_is_refused_by_name() -> None:
         step(tall, own(), Shard(0))
     with refused(ConfigError, "a plain function", "polar"):
         step(tall, Stiefel(retraction=lambda x, u: x + u), Shard(0))
-    with refused(ConfigError, "parameter 0 of group 0", "dimension 0", "Shard(1)"):
+    with refused(ConfigError, "parameter 0 of group 0", "dimension 0", "Shard(1)", "average its gradient"):
         step(wide, Stiefel(), Shard(0))
     with refused(ConfigError, "dimension 1", "Shard(0)"):
         step(tall, Stiefel(), Shard(1))
@@ -474,7 +474,12 @@ def what_cannot_be_sharded_is_refused_by_name() -> None:
         (Sphere(), [nn.functional.normalize(torch.ones(12, dtype=torch.float64), dim=0)], "Sphere"),
         (FixedRankPair(), [wide[0], tall[0]], "FixedRankPair"),
     ):
-        with refused(ConfigError, f"{names} needs whole matrices", "gather: keep the parameter whole"):
+        with refused(
+            ConfigError,
+            f"{names} needs whole matrices",
+            "gather: keep the parameter whole",
+            "average its gradient",
+        ):
             step(values, manifold, Shard(0))
     rotation = SpecialOrthogonal().random_point(6, 6, dtype=torch.float64, generator=seeded(4))
     step([rotation], SpecialOrthogonal(), Shard(0))
