@@ -17,6 +17,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def count_ranks() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def to_shards(module: nn.Module) -> None:
+    """Let modules under fully_shard hold their sharded parameters again; no communication.
+
+    After a forward pass without a backward one the root's own hold whole ones, which are thrown away. What fully_shard
+    has torch do before it takes a state_dict is done here alone, since it also knows a single layer of such a model.
+    """
+    for each in module.modules():
+        for hook in each._state_dict_pre_hooks.values():
+            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp._fully_shard."):
+                hook(each, "", False)
+
+
 def is_distributed(t: Tensor) -> bool:
     """Whether a tensor is a DTensor, replicated or sharded."""
     return hasattr(t, "device_mesh")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import local, shared_generator, write_whole
+from .distributed import local, shared_generator, to_shards, write_whole
 from .draws import check_generator
 from .errors import ConfigError, NotOnManifoldError
 from .lora_pairs import lora_pairs
@@ -79,6 +79,7 @@ def constrain(
             f"{type(name).__name__}: constrain(model, 'rnn.weight_hh_l0', Stiefel())."
         )
     check_generator(generator)
+    to_shards(module)
     owner, leaf, p = _find(module, name)
     manifold = from_spec(manifold)
     if manifold.parts > 1:
@@ -184,6 +185,7 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"an nn.Module is needed, got {type(model).__name__}; pass the model.")
+    to_shards(model)
     if trainable_only:
         _check_whole(model)
     groups: list[dict[str, Any]] = []

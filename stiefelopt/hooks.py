@@ -56,6 +56,7 @@ class AttachedHooks:
         self.recover()
         for handle in self._handles:
             handle.remove()
+        self.core.lower_states()
         if self._unscales:
             self._optimizer.__dict__[_UNSCALES] = self._unscales
 
@@ -94,4 +95,5 @@ class AttachedHooks:
     def after_load(self, optimizer: Optimizer) -> None:
         """Post-hook of load_state_dict."""
         (state_dict, live), self._loading = self._loading, ({}, [])
-        reload(optimizer, self.core.keep_settings(live), state_dict)
+        self.core.keep_settings(live)
+        reload(optimizer, [slot.p for point in self.core.stepped_points() for slot in point], state_dict)

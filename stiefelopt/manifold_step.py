@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .alarm import Alarm
 from .buckets import Bucket, make_buckets
+from .distributed import count_ranks
 from .errors import ConfigError, StepError, StiefelOptError
 from .full_precision import full_precision
 from .joint import JointStep
@@ -27,7 +28,9 @@ from .placement import (
     residual_of,
     resolve_orientation,
 )
+from .precision import inner_optimizers, lower_state
 from .scratch import Scratch
+from .shapes import HALF
 from .snapshot import Snapshot
 from .stacks import Slot, Stack
 
@@ -111,6 +114,7 @@ class ManifoldStep:
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
         self._signature: list[tuple[Settings, list[Tensor]]] | None = None
+        self._built_for: list[object] = []
         # A compiled step is the inner optimizer's: ours looks at its data, which breaks it into a hundred graphs.
         self._untraced = tuple(map(torch.compiler.disable, (ManifoldStep._before, ManifoldStep._after)))
 
@@ -169,16 +173,36 @@ class ManifoldStep:
             )
 
     def _check_state(self, points: Sequence[tuple[int, list[Tensor], Placement]], index: int) -> None:
-        """Refuse to carry along moments that ZeroRedundancyOptimizer keeps out of sight, a part on each rank."""
+        """Refuse to carry along moments that ZeroRedundancyOptimizer keeps out of sight, a part on each rank.
+
+        And half precision in optimizers around others, where the ranks' gradients would no longer be averaged, and
+        averages of points, where what becomes of these depends on where each rank came from.
+        """
+        half = next((p.dtype for _, params, _ in points for p in params if p.dtype in HALF), None)
+        if half is not None and inner_optimizers(self.optimizer) and count_ranks() > 1:
+            raise ConfigError(
+                f"group {index} has {half} parameters, which {type(self.optimizer).__name__}, an optimizer around "
+                f"another, can only step if they turn float32 in each step, and that takes them away from "
+                f"DistributedDataParallel: keep them in float32 and compute in half precision (torch.autocast), or "
+                f"wrap the inner optimizer alone."
+            )
         found = (getattr(placement.manifold, "transport", "none") for _, _, placement in points)
         transport = next((name for name in found if name != "none"), None)
-        hides = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(self.optimizer).__mro__)
-        if hides and transport is not None:
+        classes = {cls.__name__ for cls in type(self.optimizer).__mro__}
+        if "ZeroRedundancyOptimizer" in classes and transport is not None:
             raise ConfigError(
                 f"group {index} carries its moments to every new point (transport={transport!r}), and "
                 f"ZeroRedundancyOptimizer shows none: use fully_shard, a manifold with transport='none', or, for one "
                 f"parameter a point, ZeroRedundancyOptimizer(groups, optimizer_class=lambda params, **options: "
-                f"RiemannianWrapper(AdamW(params, **options)))."
+                f"RiemannianWrapper(AdamW(params, **options), nonfinite='skip')): each rank sees its own points alone, "
+                f"and would raise alone while the others wait for it."
+            )
+        if "PostLocalSGDOptimizer" in classes and not all(_forgets_start(p) for _, _, p in points):
+            raise ConfigError(
+                f"group {index} is on a manifold, and PostLocalSGDOptimizer averages points inside its step: each rank "
+                f"would retract that average from its own point, and replicas would never agree. Let "
+                f"DistributedDataParallel average gradients in every step, without PostLocalSGDOptimizer, or use "
+                f"Stiefel(projection='none', retraction='polar') without a displacement_scale."
             )
 
     def check_saved(self, state: Mapping[str, Any]) -> None:
@@ -198,11 +222,22 @@ class ManifoldStep:
                 found.append([Slot(*slot, g) for slot in zip(params, labels, lying, strict=True)])
         return found
 
+    def stepped_points(self) -> list[list[Slot]]:
+        """Those that are not empty."""
+        return [point for point in self.points() if all(s.p.numel() for s in point)]
+
+    def lower_states(self, points: Sequence[Sequence[Slot]] = ()) -> None:
+        """Let half-precision parameters have state of their own dtype, but for those of these points."""
+        here = {id(slot.p) for point in points for slot in point}
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            if p.dtype in HALF and id(p) not in here:
+                lower_state(self.optimizer, p)
+
     def live_settings(self) -> list[Settings]:
         """What every group says now, to be kept over a load."""
         return [settings_of(group) for group in self.optimizer.param_groups]
 
-    def keep_settings(self, live: Sequence[Settings]) -> list[Tensor]:
+    def keep_settings(self, live: Sequence[Settings]) -> None:
         """After a load: where saved and live manifold keys differ, warn, and let the live ones stay."""
         for i, (group, own) in enumerate(zip(self.optimizer.param_groups, live, strict=True)):
             saved = settings_of(group)
@@ -214,7 +249,6 @@ class ManifoldStep:
             for key in saved:
                 del group[key]
             group.update(own)
-        return [slot.p for point in self.points() for slot in point]
 
     def residuals(self) -> dict[object, float]:
         """Distance from the constraint of every point, by the label of its first parameter."""
@@ -242,7 +276,8 @@ class ManifoldStep:
         """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""
         if self._signature is None or not _same(self._sign(), self._signature):
             self.adopt_all()
-            points = [point for point in self.points() if all(s.p.numel() for s in point)]
+            points = self.stepped_points()
+            self.lower_states(points)
             whole = [point for point in points if _has_gradients(point)]
             _check_gradients([slot for point in whole for slot in point])
             self._joint_step.dissolve()
@@ -259,7 +294,7 @@ class ManifoldStep:
             self._joint_step = JointStep(self.optimizer, [j for s in self._stacks() for j in s.joints])
             # A point moves as a whole or not at all.
             self._unpaired = [s.p for point in points if not _has_gradients(point) for s in point]
-            self._signature = self._sign()
+            self._signature, self._built_for = self._sign(), self._kinds()
         return self._buckets
 
     def _stacks(self) -> Iterator[Stack]:
@@ -297,15 +332,21 @@ class ManifoldStep:
     def _before(self, compiling: bool) -> None:
         self.recover()
         self._hear()
+        buckets = self._current_buckets()
         try:
-            self._convert(self._current_buckets(), compiling)
-        except StiefelOptError:
-            raise
-        except (RuntimeError, TypeError):
+            self._convert(buckets, compiling)
+        except (RuntimeError, TypeError) as error:
             # What torch says when it gathers a parameter whose shape or dtype was changed behind its name, or whose
-            # gradient has become sparse: begin again, with all the checks.
+            # gradient has become sparse: begin again, with all the checks. Where a rank is lost there is no again.
+            if isinstance(error, StiefelOptError) or self._kinds() == self._built_for:
+                raise
             self._signature = None
             self._convert(self._current_buckets(), compiling)
+
+    def _kinds(self) -> list[object]:
+        """What the stacks take for granted of their parameters and gradients."""
+        params = [p for stack in self._stacks() for p in stack.params]
+        return [(p.stride(), *[t if t is None else _kind(t) for t in (p, p.grad)]) for p in params]
 
     def _hear(self) -> None:
         """What accelerators have left alone in the step before."""
@@ -382,10 +423,10 @@ class ManifoldStep:
 
     def return_gradients(self) -> None:
         """Undo what `before` did to the gradients."""
+        for stack in self._stacks():  # before the joints: stand-ins went into their lists
+            stack.return_gradients()
         self._joint_step.leave()
         self._return_withheld()
-        for stack in self._stacks():
-            stack.return_gradients()
 
     def _return_withheld(self) -> None:
         for p, grad in self._withheld:
@@ -419,6 +460,11 @@ def _coupled_decay(group: Mapping[str, Any]) -> float:
     """The group's weight decay, unless it says that it is decoupled."""
     decay = group.get("weight_decay", 0)
     return 0.0 if isinstance(decay, Tensor) or group.get("decoupled_weight_decay") else decay or 0.0
+
+
+def _forgets_start(placement: Placement) -> bool:
+    """Whether a new point depends on where the inner optimizer left it, and not on where it was before."""
+    return placement.displacement_scale == 1 and getattr(placement.manifold, "_normalizes_moved", False)
 
 
 def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor], Placement]]:
@@ -463,6 +509,10 @@ def _same(
     return len(now) == len(then) and all(
         a == b and len(p) == len(q) and all(map(is_, p, q)) for (a, p), (b, q) in zip(now, then, strict=True)
     )
+
+
+def _kind(t: Tensor) -> object:
+    return type(t), t.layout, t.dtype, t.shape, t.device
 
 
 def _has_gradients(point: Sequence[Slot]) -> bool:

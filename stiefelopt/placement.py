@@ -296,8 +296,8 @@ def _check_sums(name: str, placement: Placement) -> None:
     instead = "a retraction of p x p algebra ('polar', 'qr', 'cayley', 'exp', 'newton_schulz')"
     raise ConfigError(
         f"{name} is sharded, and {obstacle} needs whole matrices, which the step does not gather: "
-        f"{'' if obstacle == manifold else f'use {instead}, or '}keep the parameter whole (fully_shard's "
-        f"ignored_params, Replicate())."
+        f"{'' if obstacle == manifold else f'use {instead}, or '}keep the parameter whole (Replicate(), or "
+        f"fully_shard's ignored_params, and average its gradient over the ranks yourself, which FSDP2 does not)."
     )
 
 
@@ -316,7 +316,8 @@ def _check_cut(name: str, p: Tensor, placement: Placement) -> None:
             f"{name}, {tuple(p.shape)}, is {how}; its {min(rows, columns)} orthonormal "
             f"{'rows' if placement.is_rows(p.shape) else 'columns'} must be cut along the long side, dimension "
             f"{allowed[0]}, to be stepped without gathering: fully_shard(..., shard_placement_fn=lambda p: "
-            f"Shard({allowed[0]})) where p is this parameter, or keep it whole (ignored_params, Replicate())."
+            f"Shard({allowed[0]})) where p is this parameter, or keep it whole (Replicate(), or "
+            f"ignored_params, and average its gradient over the ranks yourself, which FSDP2 does not)."
         )
 
 

@@ -104,6 +104,7 @@ class Stack:
         self._found_grads: list[Tensor | None] = []
         self._own_grads: list[Tensor | None] = []
         self._lent_versions = 0
+        self._seen: Sequence[Tensor] = self.params  # by the optimizer
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
 
@@ -191,20 +192,21 @@ class Stack:
             raise RuntimeError("the parameters' memory layout has changed")
         self._own_grads, self._kept = self._found_grads, keep
         if self._masters:
-            self._masters.enter(list(self._points.whole.clone()))
+            self._seen = self._masters.enter(list(self._points.whole.clone()))
         if not self._dense:
             torch._foreach_copy_(self._parts, self._work.own)
-        for p, grad, kept in zip(self.params, self._grads, keep, strict=True):
+        for p, grad, kept in zip(self._seen, self._grads, keep, strict=True):
             p.grad = grad if kept else None
         self._lent_versions = self._versions()
 
     def return_gradients(self) -> None:
-        """Give every parameter its own gradient, and its own precision, back."""
+        """Give every parameter its own gradient, and its place in the optimizer, back."""
         if not self._own_grads:
             return
         # An optimizer that clears the gradients it has used means the user's.
-        cleared = [kept and p.grad is None for p, kept in zip(self.params, self._kept, strict=True)]
-        self._stepped = self._masters.leave() if self._masters else self.params
+        cleared = [kept and p.grad is None for p, kept in zip(self._seen, self._kept, strict=True)]
+        if self._masters:
+            self._stepped, self._seen = self._masters.leave(), self.params
         for p, grad, gone in zip(self.params, self._own_grads, cleared, strict=True):
             p.grad = None if gone else grad
         self._own_grads, self._found_grads = [], []
@@ -293,27 +295,23 @@ class Stack:
 
         That is a gradient that is not the one lent, or was written to, and a parameter that is a point again.
         """
-        found, written = [p.grad for p in self.params], self._versions() != self._lent_versions
+        found = [q.grad if p.grad is None else p.grad for p, q in zip(self.params, self._seen, strict=True)]
+        written = self._versions() != self._lent_versions
         self.return_gradients()
         for p, grad, lent, kept in zip(self.params, found, self._grads, self._kept, strict=True):
             if grad is not (lent if kept else None) or (kept and written):
                 p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
-        for p, stepped, x in zip(self.params, self._stepped, self._points.own, strict=True):
-            if not self._is_set(stepped):
+        for p, x in zip(self.params, self._points.own, strict=True):
+            if not (self._masters or self._is_set(p)):  # half precision was not stepped itself
                 local(p).copy_(x)
-            elif stepped is not p:
-                p.copy_(stepped)
 
-    def _is_set(self, stepped: Tensor) -> bool:
-        """Whether these values were set, and are not half a step: a point; for a master, half-precision numbers."""
-        dtype, shape = self._kind
-        if stepped.shape != shape:
+    def _is_set(self, p: Tensor) -> bool:
+        """Whether this value was set, and is not half a step: a point."""
+        if p.shape != self._kind[1]:
             return True
-        if self._masters:
-            return torch.equal(stepped.to(dtype).to(stepped.dtype), stepped)
         if not self._placement.manifold.recognized:
             return False
-        return residual_of(self.slots[0].label, [stepped], self._placement) <= self.drift
+        return residual_of(self.slots[0].label, [p], self._placement) <= self.drift
 
     def _versions(self) -> int:
         """Changes whenever a lent gradient is written to; views of one workspace count together."""

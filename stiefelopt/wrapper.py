@@ -224,7 +224,7 @@ class RiemannianWrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         self._core.check_saved(state_dict)
         live = self._core.live_settings()
-        with lifted(slot.p for point in self._core.points() for slot in point):
+        with lifted(self.optimizer, [slot.p for point in self._core.stepped_points() for slot in point]):
             self.optimizer.load_state_dict(state_dict)
         self._core.keep_settings(live)
         for post in self._optimizer_load_state_dict_post_hooks.values():
@@ -306,8 +306,8 @@ def attach(optimizer: Optimizer, manifold: Manifold | Mapping[str, Any] | None =
     GradScaler unscales before the step, also for fused optimizers, and ``load_state_dict`` keeps the live manifolds,
     with a warning. torch runs no hook when a step raises: points and gradients are then put back by what comes first,
     the next step, ``state_dict`` or ``load_state_dict``, or the handle's ``residuals`` or ``remove``. Gradients
-    computed and points loaded in between are kept. Hooks stay behind when an optimizer is copied or pickled: attach to
-    the copy.
+    computed and points loaded in between are kept. With sharded points that communicates: after a step that failed,
+    call any of these on all ranks. Hooks stay behind when an optimizer is copied or pickled: attach to the copy.
 
     Args:
         optimizer: as for the wrapper. Its step must be called without a closure: hooks cannot run between

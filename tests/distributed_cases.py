@@ -8,6 +8,7 @@ hung.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import importlib
 import json
@@ -26,9 +27,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -449,7 +451,7 @@ def what_cannot_be_sharded_is_refused_by_name() -> None:
         step(tall, own(), Shard(0))
     with refused(ConfigError, "a plain function", "polar"):
         step(tall, Stiefel(retraction=lambda x, u: x + u), Shard(0))
-    with refused(ConfigError, "parameter 0 of group 0", "dimension 0", "Shard(1)"):
+    with refused(ConfigError, "parameter 0 of group 0", "dimension 0", "Shard(1)", "average its gradient"):
         step(wide, Stiefel(), Shard(0))
     with refused(ConfigError, "dimension 1", "Shard(0)"):
         step(tall, Stiefel(), Shard(1))
@@ -472,7 +474,12 @@ def what_cannot_be_sharded_is_refused_by_name() -> None:
         (Sphere(), [nn.functional.normalize(torch.ones(12, dtype=torch.float64), dim=0)], "Sphere"),
         (FixedRankPair(), [wide[0], tall[0]], "FixedRankPair"),
     ):
-        with refused(ConfigError, f"{names} needs whole matrices", "gather: keep the parameter whole"):
+        with refused(
+            ConfigError,
+            f"{names} needs whole matrices",
+            "gather: keep the parameter whole",
+            "average its gradient",
+        ):
             step(values, manifold, Shard(0))
     rotation = SpecialOrthogonal().random_point(6, 6, dtype=torch.float64, generator=seeded(4))
     step([rotation], SpecialOrthogonal(), Shard(0))
@@ -487,7 +494,7 @@ def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> No
     for manifold in (Stiefel(transport="projection"), FixedRank()):
         given = values[:1] if manifold.parts == 1 else [t.float() for t in triple(12, 8, 2)]
         groups = groups_of([nn.Parameter(v.clone()) for v in given], manifold)
-        with refused(ConfigError, "ZeroRedundancyOptimizer", "fully_shard"):
+        with refused(ConfigError, "ZeroRedundancyOptimizer", "fully_shard", "nonfinite='skip'"):
             RiemannianWrapper(ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=1e-2))
 
     def inside(params: list[Any]) -> Any:
@@ -497,7 +504,9 @@ def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> No
     def around(params: list[Any]) -> Any:
         return ZeroRedundancyOptimizer(
             groups_of(params, Stiefel(transport="projection")),
-            optimizer_class=lambda ps, **options: RiemannianWrapper(AdamW(ps, **options)),  # type: ignore[arg-type]
+            optimizer_class=lambda ps, **options: RiemannianWrapper(  # type: ignore[arg-type]
+                AdamW(ps, **options), nonfinite="skip"
+            ),
             lr=1e-2,
         )
 
@@ -511,6 +520,30 @@ def an_optimizer_that_shows_no_moments_is_refused_where_they_are_carried() -> No
             trained(params, build(params), steps=3)
             runs.append(params)
         close_to(runs[0], runs[1], 1e-6)
+
+
+@case
+def averages_of_points_are_taken_only_where_ranks_then_agree() -> None:
+    def made(p: nn.Parameter, manifold: Any, **keys: Any) -> RiemannianWrapper:
+        sgd = SGD(groups_of([p], manifold, **keys), lr=0.3)
+        return RiemannianWrapper(PostLocalSGDOptimizer(sgd, PeriodicModelAverager(period=2)))
+
+    for manifold, keys in (
+        (Stiefel(), {}),
+        (Oblique(), {}),
+        (Stiefel(projection="none", retraction="cayley"), {}),
+        (Stiefel(projection="none"), {"displacement_scale": 0.5}),
+    ):
+        with refused(ConfigError, "PostLocalSGDOptimizer", "DistributedDataParallel", "projection='none'"):
+            made(nn.Parameter(points((12, 3))[0]), manifold, **keys)
+    for retraction in ("polar", "qr"):
+        p = nn.Parameter(points((12, 3))[0])
+        optimizer = made(p, Stiefel(projection="none", retraction=retraction))
+        for step in range(5):
+            p.grad = torch.randn(12, 3, generator=seeded(100 * step + dist.get_rank()), dtype=torch.float64)
+            optimizer.step()
+            assert everywhere_equal(p) == (step % 2 == 0)
+        assert Stiefel().residual(p) < 1e-12
 
 
 class _Event:
@@ -837,6 +870,71 @@ def adapters_leave_a_sharded_model_whole() -> None:
 
 
 @case
+def after_an_evaluation_the_shards_are_read_and_written() -> None:
+    """The root's own layers hold whole parameters then, which the next forward pass throws away."""
+
+    def evaluated(layer: Any, **options: Any) -> Any:
+        model = network(layer, **options)
+        fully_shard(model[0])
+        fully_shard(model)
+        return evaluate(model)
+
+    def evaluate(model: Any) -> Any:
+        with torch.no_grad():
+            model(torch.ones(4, 9, dtype=torch.float64))
+        assert not isinstance(model[3].U, DTensor)
+        return model
+
+    for layer, options in (LAYERS[0], LAYERS[3]):
+        other = network(layer, seed=1, **options)
+        best = adapter_state_dict(other)
+
+        model = evaluated(layer, **options)
+        load_adapter_state_dict(model, best)
+        assert all(torch.equal(t, best[name]) for name, t in adapter_state_dict(evaluate(model)).items())
+        model = evaluated(layer, **options)
+        for adapter, whole_one in ((model[0], other[0]), (model[3], other[3])):
+            adapter.load_factors(whole_one.factor_state())
+        evaluate(model)
+        for read in (
+            lambda m: m.to_lora(),
+            lambda m: m.factor_state().values(),
+            lambda m: [m.delta_weight()],
+        ):
+            assert all(map(torch.equal, read(model[3]), read(other[3])))
+            assert isinstance(model[3].U, DTensor)
+            evaluate(model)
+        optimizer = optimizer_for(model)
+        for group in optimizer.param_groups:
+            assert all(isinstance(p, DTensor) for p in group["params"])
+        export_lora(evaluate(model), FOLDER / f"evaluated-{layer.__name__}")
+        assert isinstance(model[3].U, DTensor)
+        with refused(ConfigError, "merge()", "before fully_shard"):
+            evaluate(model)[3].merge()
+        with refused(ConfigError, "merge()", "before fully_shard"):
+            merge_adapters(evaluate(model))
+        torch.manual_seed(dist.get_rank())
+        evaluate(model)[3].reset_parameters()
+        started = whole(model[3].U)
+        assert Stiefel().residual(started) < 1e-12  # no rows of different matrices
+        assert torch.equal(evaluate(model)[3].U, started)
+    model = network(None)
+    fully_shard(model[3])
+    fully_shard(model)
+    with torch.no_grad():
+        loss_of(model, 0, my_part())
+    torch.manual_seed(dist.get_rank())
+    constrain(model, "0.weight", Stiefel(), init="random")
+    started = whole(model[0].weight)
+    assert Stiefel().residual(started) < 1e-12
+    with torch.no_grad():
+        loss_of(model, 0, my_part())
+    assert torch.equal(model[0].weight, started)
+    with refused(ConfigError, "adapt the model first, then shard it"):
+        adapt(model, target_modules=["0"], r=2)
+
+
+@case
 def what_comes_too_late_for_whole_layers_is_refused() -> None:
     model = network(RiemannLoRALinear, correction="keep")
     fully_shard(model[3])
@@ -929,6 +1027,36 @@ def data_parallel_ranks_stay_equal() -> None:
             optimizer.step()
         assert all(everywhere_equal(p) for p in model.parameters())
         same_models(model, alone, 1e-9)
+
+
+@case
+def data_parallel_ranks_stay_equal_in_half_precision() -> None:
+    """Their gradients are averaged after steps and loads, too; optimizers around others cannot have it."""
+
+    def network_of_halves() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).bfloat16()
+        return constrain(model, "0.weight", Stiefel())
+
+    for wrap in (RiemannianWrapper, attach):
+        for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+            module = network_of_halves()
+            model = DistributedDataParallel(module, **options)  # type: ignore[arg-type]
+            optimizer = AdamW(param_groups(module, lr=1e-2))
+            handle = wrap(optimizer)
+            stepping = handle if isinstance(handle, RiemannianWrapper) else optimizer
+            for step in range(4):
+                if step == 2:
+                    stepping.load_state_dict(copy.deepcopy(stepping.state_dict()))
+                stepping.zero_grad()
+                x = torch.randn(8, 6, generator=seeded(10 * step + dist.get_rank()))
+                model(x.bfloat16()).square().mean().backward()
+                assert all(everywhere_equal(p.grad) for p in model.parameters() if p.grad is not None)
+                stepping.step()
+            assert all(everywhere_equal(p) for p in model.parameters())
+    zero = ZeroRedundancyOptimizer(param_groups(network_of_halves()), optimizer_class=AdamW)
+    with refused(ConfigError, "bfloat16", "ZeroRedundancyOptimizer", "autocast"):
+        RiemannianWrapper(zero)
 
 
 # Checkpoints: saved on two ranks, loaded on one and three

@@ -397,3 +397,33 @@ def test_groups_may_change_between_steps(cls: type[torch.optim.Optimizer], how: 
         train([*params, extra], optimizer, range(2, 4))
         runs.append([*params, extra])
     assert same(*([p.detach() for p in run] for run in runs))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_half_precision_beside_joined_points_in_one_group(
+    fails: bool, apart: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both put others in their place into the group's list, which is as it was after each step."""
+    runs = []
+    for off in (False, True):
+        apart(off)
+        dtypes = [torch.float32] * 2 + [torch.bfloat16] * 4
+        params = [nn.Parameter(p.detach().to(d)) for p, d in zip(points(), dtypes, strict=False)]
+        optimizer = wrapped_alone(params, torch.optim.AdamW, {})
+        found = optimizer.param_groups[0]["params"]
+        train(params, optimizer, range(2))
+        assert is_joined(optimizer) is not off
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(adam, "_single_tensor_adam", raise_error)
+                with pytest.raises(ArithmeticError):
+                    train(params, optimizer, range(2, 3))
+        train(params, optimizer, range(3, 5))
+        assert optimizer.param_groups[0]["params"] is found
+        assert all(p is q for p, q in zip(params, found, strict=True))
+        runs.append((params, optimizer.state_dict()))
+    assert same(*runs)
+
+
+def raise_error(*_: Any, **__: Any) -> None:
+    raise ArithmeticError

@@ -10,10 +10,12 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -1414,6 +1416,25 @@ def test_a_caller_can_name_other_moments() -> None:
     assert tangency(p, wrapper.state[p]["grad_avg"]) < 1e-13
 
 
+def test_a_step_that_fails_for_no_fault_of_the_parameters_is_not_begun_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A collective that another rank has left would wait for its timeout once more."""
+    model = Model()
+    wrapper = RiemannianWrapper(AdamW(model.groups()))
+    run(model, wrapper, range(2))
+    asked = []
+
+    def fail(bucket: object) -> None:
+        asked.append(bucket)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(buckets.Bucket, "convert_gradients", fail)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        run(model, wrapper, range(2, 3))
+    assert len(asked) == 1
+
+
 # Half precision: float32 masters
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -1550,6 +1571,109 @@ def test_grad_scaler_with_half_precision_points(dtype: torch.dtype) -> None:
         scaler.step(wrapper)
         scaler.update()
     assert same_bits(scaled.values(), plain.values())
+
+
+def gradient_node(p: Tensor) -> Any:
+    """Where its gradient arrives in the graph; DistributedDataParallel's hook sits there."""
+    return p.expand_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+
+@every_half
+@every_inner
+@pytest.mark.parametrize("wrap", [RiemannianWrapper, attach], ids=["wrapper", "attach"])
+def test_steps_and_loads_leave_a_half_precision_parameter_where_its_gradient_arrives(
+    wrap: Wrap, inner: Callable[[Any], Optimizer], dtype: torch.dtype
+) -> None:
+    model = Model(dtype)
+    optimizer = inner(model.groups())
+    handle = wrap(optimizer)
+    stepping = handle if isinstance(handle, Optimizer) else optimizer
+    nodes, lists = [gradient_node(p) for p in model.points], [g["params"] for g in optimizer.param_groups]
+    run(model, stepping, range(2))
+    assert all(gradient_node(p) is node for p, node in zip(model.points, nodes, strict=True))
+    assert all(g["params"] is found for g, found in zip(optimizer.param_groups, lists, strict=True))
+    assert set(optimizer.state) == set(model.params)
+    own = [p.grad for p in model.params]
+    stepping.load_state_dict(saved_and_loaded(stepping.state_dict()))
+    assert all(gradient_node(p) is node for p, node in zip(model.points, nodes, strict=True))
+    assert all(p.grad is g for p, g in zip(model.params, own, strict=True))
+    assert set(optimizer.state) == set(model.params)
+
+
+class Interrupted(AdamW):
+    """Raises after its step, once asked to."""
+
+    asked = False
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if self.asked:
+            raise ArithmeticError
+        return loss
+
+
+@every_half
+@pytest.mark.parametrize("wrap", [RiemannianWrapper, attach], ids=["wrapper", "attach"])
+def test_a_failed_step_leaves_the_optimizer_the_parameters_themselves(wrap: Wrap, dtype: torch.dtype) -> None:
+    model = Model(dtype)
+    optimizer = Interrupted(model.groups())
+    handle = wrap(optimizer)
+    stepping = handle if isinstance(handle, Optimizer) else optimizer
+    run(model, stepping, range(1))
+    optimizer.asked = True
+    with pytest.raises(ArithmeticError):
+        run(model, stepping, range(1, 2))
+    handle.residuals()
+    assert all(map(is_, [p for g in optimizer.param_groups for p in g["params"]], model.params))
+    assert set(optimizer.state) == set(model.params)
+    optimizer.asked = False
+    run(model, stepping, range(2, 3))
+
+
+LEAVING: dict[str, Callable[[Any, Optimizer], object]] = {
+    "remove": lambda handle, optimizer: handle.remove(),
+    "no manifold": lambda handle, optimizer: optimizer.param_groups[0].update(manifold=None),
+}
+HALF_INNERS = {
+    **INNERS,
+    "Adafactor": lambda g: torch.optim.Adafactor(g, lr=0.01),
+    "Lookahead": lambda g: pytorch_optimizer.Lookahead(AdamW(g, lr=0.02)),
+}
+
+
+@every_half
+@pytest.mark.parametrize("inner", HALF_INNERS.values(), ids=list(HALF_INNERS))
+@pytest.mark.parametrize("leave", LEAVING.values(), ids=list(LEAVING))
+def test_a_half_precision_parameter_that_leaves_its_manifold_is_stepped_as_any_other(
+    leave: Callable[[Any, Any], object], inner: Callable[[Any], Optimizer], dtype: torch.dtype
+) -> None:
+    model = Model(dtype)
+    optimizer = inner(model.groups())
+    if isinstance(optimizer, pytorch_optimizer.Lookahead) and leave is LEAVING["remove"]:
+        pytest.skip("it has no hooks to attach to")
+    handle = attach(optimizer) if leave is LEAVING["remove"] else RiemannianWrapper(optimizer)
+    stepping = handle if isinstance(handle, Optimizer) else optimizer
+    run(model, stepping, range(2))
+    assert "master" in optimizer.state[model.points[0]]
+    leave(handle, optimizer)
+    run(model, stepping, range(2, 4))
+    for p in model.points:
+        state = optimizer.state[p]
+        assert "master" not in state
+        assert {t.dtype for t in state.values() if isinstance(t, Tensor) and t.ndim > 1} <= {dtype}
+
+
+@every_half
+@pytest.mark.parametrize("wrap", [RiemannianWrapper, attach], ids=["wrapper", "attach"])
+def test_empty_points_in_half_precision_resume(wrap: Wrap, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.empty(0, 6, 3, dtype=dtype))
+    optimizer = AdamW([{"params": [p], "manifold": Stiefel(), "view": "batch"}], lr=0.1)
+    handle = wrap(optimizer)
+    stepping = handle if isinstance(handle, Optimizer) else optimizer
+    for _ in range(2):
+        p.grad = torch.empty_like(p)
+        stepping.step()
+        stepping.load_state_dict(saved_and_loaded(stepping.state_dict()))
 
 
 # autocast

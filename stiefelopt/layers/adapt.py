@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import load_whole, whole
+from ..distributed import load_whole, to_shards, whole
 from ..errors import ConfigError
 from .low_rank import LowRankLinear, check_options, is_linear, linear_sizes
 from .shared import SharedBase
@@ -147,6 +147,7 @@ def adapt(
     """
     if "r" not in layer_options:
         raise ConfigError("adapt needs the rank: adapt(model, target_modules=..., r=16).")
+    to_shards(model)
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
     if isinstance(modules_to_save, str):
@@ -216,6 +217,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     Raises:
         ConfigError: there is none.
     """
+    to_shards(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     if not layers:
         raise ConfigError(

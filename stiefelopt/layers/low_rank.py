@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..distributed import is_distributed, whole, write_whole
+from ..distributed import is_distributed, to_shards, whole, write_whole
 from ..errors import ConfigError
 from ..full_precision import full_precision
 from ..manifolds import Stiefel
@@ -250,6 +250,7 @@ class LowRankLinear(nn.Module):
 
     def _whole_factors(self) -> tuple[Tensor, Tensor]:
         """U S and V with all their rows; gathered where they are sharded, which every rank must ask for."""
+        to_shards(self)
         u, s, v = (whole(t) for t in (self.U, self.S, self.V))
         return (u * s if self.diagonal else u @ s), v
 
@@ -322,6 +323,7 @@ class LowRankLinear(nn.Module):
 
     def _check_base_is_whole(self, what: str, way_out: str = "") -> None:
         """Refuse what reads or changes the whole base weight of a sharded layer."""
+        to_shards(self)
         if is_distributed(self.weight):
             raise ConfigError(
                 f"{what} needs the whole base weight, which is sharded: do it before fully_shard{way_out}."
@@ -334,6 +336,7 @@ class LowRankLinear(nn.Module):
 
         A base weight on meta has nothing to take it out of; `reset_parameters` does so when it has been filled.
         """
+        to_shards(self)
         self.require_own_weight()
         if self.folds and self.weight.is_meta:
             return
@@ -383,6 +386,7 @@ class LowRankLinear(nn.Module):
 
     def factor_state(self) -> dict[str, Tensor]:
         """U, S, V, and U0, V0 where there are any, detached; sharded ones put together, on every rank."""
+        to_shards(self)
         tensors = {name: getattr(self, name) for name in (*self.FACTORS, "U0", "V0")}
         return {name: whole(t).detach() for name, t in tensors.items() if t is not None}
 

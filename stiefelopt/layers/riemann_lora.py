@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import shared_generator, write_whole
+from ..distributed import shared_generator, to_shards, write_whole
 from ..draws import check_generator
 from ..errors import ConfigError
 from ..groups import declare
@@ -105,6 +105,7 @@ class RiemannLoRALinear(LowRankLinear):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start again at random U and V; a correction of the base weight is undone first."""
+        to_shards(self)
         generator = shared_generator(self.U, generator)
         u, v = (
             f if f.is_meta else Stiefel().random_point(*f.shape, dtype=f.dtype, generator=generator)
