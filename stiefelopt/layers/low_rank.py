@@ -28,7 +28,8 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
     nn.Linear, transformers' Conv1D, and anything with in_features, out_features and such a weight.
 
     Raises:
-        ConfigError: not linear, or a weight that an update cannot be added to: quantized, or computed at every use.
+        ConfigError: not linear, or a weight that an update cannot be added to: quantized, offloaded, or computed at
+            every use.
     """
     if isinstance(base, SharedBase):
         return linear_sizes(base.module)
@@ -67,6 +68,12 @@ def _check_weight(base: nn.Module) -> None:
         raise ConfigError(
             f"the base is a {type(base).__name__} whose weight is sharded, and fully_shard would not know of factors "
             f"made now; a whole weight is needed: adapt the model first, then shard it."
+        )
+    if cast(Tensor, base.weight).is_meta and hasattr(base, "_hf_hook"):
+        raise ConfigError(
+            f"the base is a {type(base).__name__} whose weight accelerate keeps elsewhere (offloaded to the CPU or to "
+            f"disk) and brings for each forward, so that there is nothing to add to; a weight that stays is needed: "
+            f"load the model without offloading, or leave the module out."
         )
     dtype = cast(Tensor, base.weight).dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -208,6 +215,7 @@ class LowRankLinear(nn.Module):
             and not (self.merged or (self.training and self.dropout.p))
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not (base._backward_pre_hooks or _has_any_global_hook())
+            and "forward" not in base.__dict__  # what accelerate's hooks are: they replace it
             and not torch.is_autocast_enabled(x.device.type)
             and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
             and not under_transform()
