@@ -271,6 +271,17 @@ def test_a_wrapped_model_has_the_plain_models_checkpoints(wrap: Callable[..., An
     assert_near(logits(exported_to_peft(wrap(model), bert, tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, Parent], ids=["bare", "wrapped"])
+def test_a_model_adapted_in_part_has_names_of_its_own(wrap: Callable[..., Any], tmp_path: Path) -> None:
+    model = gpt2().requires_grad_(False)
+    disturb(adapt(model.transformer, target_modules=["c_attn"], modules_to_save=["ln_f"], r=3))
+    given = wrap(model)
+    state = adapter_state_dict(given)
+    assert all(name.startswith("transformer.") for name in state)
+    load_adapter_state_dict(given, state)
+    assert_near(logits(exported_to_peft(given, gpt2, tmp_path)), logits(model))
+
+
 def test_two_adapted_models_in_one_parent_keep_both_heads() -> None:
     kind = KINDS["Linear and a head"]
     pair = nn.ModuleDict({"a": disturb(adapted(kind)), "b": adapted(kind)})

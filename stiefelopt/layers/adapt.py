@@ -242,11 +242,17 @@ def _own_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def inside_wrappers(model: nn.Module) -> nn.Module:
     """The model that `adapt` was given, where it holds every adapted layer, else the model itself.
 
-    torch.compile, DDP, or a LightningModule around it put a prefix to every name; a checkpoint has the plain ones.
+    torch.compile, DDP, or a LightningModule around it put a prefix to every name; a checkpoint has the plain ones. A
+    model of transformers wraps nothing: where `adapt` was given a part of it, it is the one that others load.
     """
     layers = {m for m in model.modules() if isinstance(m, LowRankLinear)}
-    given = (m for m in model.modules() if _SAVED in m.__dict__ and layers.issubset(m.modules()))
-    return next(given, model)
+    given = (m for m in model.modules() if _SAVED in m.__dict__ or _is_pretrained(m))
+    return next((m for m in given if layers.issubset(m.modules())), model)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    """By its class's name, since transformers is an extra."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -275,7 +281,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What was trained and nothing else: the factors, and the modules_to_save; detached, ready for safetensors.
 
-    The names are those of the model that was adapted, whatever wraps it now.
+    The names are those of the model that was adapted, or of the transformers model that it is a part of, whatever wraps
+    it now.
     """
     model = inside_wrappers(model)
     state = {
