@@ -145,11 +145,9 @@ def test_bfloat16_autocast() -> None:
     assert wrapper.residuals()["0.weight"] < 1e-5
 
 
-class Added(accelerate.hooks.ModelHook):
-    """A hook that shows in the output."""
-
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        return output + 100
+# A hook that shows in the output.
+SHOWING: dict[str, Any] = {"post_forward": lambda self, module, output: output + 100}
+Showing: Any = type("Showing", (accelerate.hooks.ModelHook,), SHOWING)
 
 
 @pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
@@ -157,7 +155,7 @@ def test_accelerates_hooks_on_a_base_are_heard(layer: Any) -> None:
     model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(4, 6)
     adapt(model, layer, target_modules=["0"], r=2)
     expected = model(x) + 100
-    accelerate.hooks.add_hook_to_module(model.get_submodule("0.base"), Added())
+    accelerate.hooks.add_hook_to_module(model.get_submodule("0.base"), Showing())
     torch.testing.assert_close(model(x), expected)
 
 

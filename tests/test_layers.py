@@ -686,6 +686,56 @@ def test_a_weight_that_is_not_in_a_plain_dtype_is_refused_by_it(dtype: torch.dty
         adapt(model, target_modules="all-linear", r=2)
 
 
+class Linear4bit(nn.Linear):
+    """As in bitsandbytes: two numbers a byte, in a column."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        packed = torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+class WithoutWeight(nn.Module):
+    """As in GPTQ, AWQ and HQQ."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 8
+        self.register_buffer(name, torch.zeros(8, 1, dtype=torch.int32))
+
+
+class QuantizedTensor(Tensor):
+    """As in torchao: it says that it is float32."""
+
+
+def quantized_by_subclass() -> nn.Module:
+    linear = nn.Linear(8, 8)
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(QuantizedTensor), requires_grad=False)
+    return linear
+
+
+QUANTIZED: dict[str, Callable[[], nn.Module]] = {
+    "bitsandbytes": lambda: Linear4bit(8, 8),
+    "GPTQ and AWQ": lambda: WithoutWeight("qweight"),
+    "HQQ": lambda: WithoutWeight("W_q"),
+    "packed integers": lambda: WithoutWeight("weight"),
+    "torchao": quantized_by_subclass,
+}
+
+
+@pytest.mark.parametrize("make", QUANTIZED.values(), ids=list(QUANTIZED))
+@pytest.mark.parametrize("targets", ["all-linear", ["1"]])
+def test_quantized_modules_are_refused_by_name_and_never_passed_over(
+    make: Callable[[], nn.Module], targets: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), make())
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"^1: the base is a .*(packed|quantized).*without quantization"):
+        adapt(model, target_modules=targets, r=2)
+    assert_unchanged(model, before)
+    adapt(model, target_modules="all-linear", exclude_modules=["1"], r=2)
+
+
 COMPUTED: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "weight_norm": torch.nn.utils.weight_norm,
     "spectral_norm": torch.nn.utils.spectral_norm,
@@ -1051,9 +1101,10 @@ def test_singular_vectors_of_a_weight_with_nan_are_refused() -> None:
     assert weight.requires_grad
 
 
-def test_lazy_modules_beside_the_adapted_ones_are_frozen_or_saved_like_others() -> None:
+@pytest.mark.parametrize("targets", ["all-linear", ["0"]])
+def test_lazy_modules_beside_the_adapted_ones_are_frozen_or_saved_like_others(targets: Any) -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyLinear(3))
-    adapt(model, target_modules=["0"], modules_to_save=["2"], r=2, init="pseudo-zero")
+    adapt(model, target_modules=targets, modules_to_save=["2"], r=2, init="pseudo-zero")
     model(torch.randn(4, 8)).sum().backward()
     assert (model[1].weight.grad is None, model[2].weight.grad is None) == (True, False)
 

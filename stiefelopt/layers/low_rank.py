@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
 
 from ..distributed import is_distributed, whole, write_whole
 from ..errors import ConfigError
@@ -20,6 +22,9 @@ from ..transforms import under_transform
 from .nested import over_rows
 from .shared import SharedBase
 from .update import LowRankUpdate, factors_of_update, plus_product
+
+# Where quantized linear modules without a plain weight keep it: GPTQ and AWQ, HQQ, torch's own, AQLM.
+_PACKED = ("qweight", "W_q", "_packed_params", "codes")
 
 
 def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
@@ -38,6 +43,8 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
             f"the base is a {type(base).__name__}, adapted already; use its own base, or merge_adapters first."
         )
     sizes = _sizes(base)
+    if sizes is None and _is_packed(base):
+        raise _quantized(base, "whose weight is packed, or parted among ranks")
     if sizes is None:
         raise ConfigError(
             f"the base is a {type(base).__name__}; a linear module is needed: nn.Linear, transformers' Conv1D, or one "
@@ -48,8 +55,8 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear by its shape; `linear_sizes` says whether it can be adapted."""
-    return _sizes(module) is not None
+    """Whether a module is linear by its sizes; `linear_sizes` says whether it can be adapted."""
+    return _sizes(module) is not None or _is_packed(module)
 
 
 def _sizes(base: nn.Module) -> tuple[int, int, bool] | None:
@@ -60,6 +67,24 @@ def _sizes(base: nn.Module) -> tuple[int, int, bool] | None:
         return weight.shape[0], weight.shape[1], True
     sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
     return (weight.shape[1], weight.shape[0], False) if sizes == (weight.shape[1], weight.shape[0]) else None
+
+
+def _is_packed(base: nn.Module) -> bool:
+    """Whether it is linear with a weight of another form: quantized by bitsandbytes to 4 bits, GPTQ, AWQ, HQQ, ..."""
+    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    weight: Any = getattr(base, "weight", None)
+    if not all(isinstance(size, int) for size in sizes) or is_lazy(weight):
+        return False
+    whole_numbers = isinstance(weight, Tensor) and not (weight.is_floating_point() or weight.is_complex())
+    return isinstance(base, nn.Linear) or whole_numbers or any(hasattr(base, name) for name in _PACKED)
+
+
+def _quantized(base: nn.Module, what: str) -> ConfigError:
+    return ConfigError(
+        f"the base is a {type(base).__name__} {what}; a linear module is needed whose weight (out_features, "
+        f"in_features) is float16, bfloat16, float32 or float64: load the model without quantization, or leave the "
+        f"module out."
+    )
 
 
 def _check_weight(base: nn.Module) -> None:
@@ -75,13 +100,13 @@ def _check_weight(base: nn.Module) -> None:
             f"disk) and brings for each forward, so that there is nothing to add to; a weight that stays is needed: "
             f"load the model without offloading, or leave the module out."
         )
-    dtype = cast(Tensor, base.weight).dtype
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ConfigError(
-            f"the base is a {type(base).__name__} with a weight in {dtype}; a linear module is needed whose weight "
-            f"(out_features, in_features) is float16, bfloat16, float32 or float64: load the model without "
-            f"quantization, or leave the module out."
-        )
+    weight = cast(Tensor, base.weight)
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise _quantized(base, f"with a weight in {weight.dtype}")
+    # torchao's says that it is in the dtype that it is multiplied in.
+    kind = type(weight.data)
+    if kind is not Tensor and not isinstance(weight.data, FakeTensor):
+        raise _quantized(base, f"whose weight is a {kind.__name__}, quantized and not a plain tensor")
     if "weight" not in base._parameters and "weight" not in base._buffers:
         raise ConfigError(
             f"the base is a {type(base).__name__} whose weight is computed from others (weight_norm, spectral_norm, "
