@@ -1119,6 +1119,14 @@ class Gated(LinearLike):
         self.gate = nn.Linear(in_features, out_features)
 
 
+def test_a_linear_module_compiled_by_itself_is_refused() -> None:
+    """What was compiled is called, whatever takes its place."""
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1] = torch.compile(model[1], backend="eager")
+    with pytest.raises(ConfigError, match=r"^1: .*compiled by itself.*first, then compile"):
+        adapt(model, target_modules="all-linear", r=2)
+
+
 def test_matches_inside_matches_are_refused() -> None:
     model = nn.Sequential(Gated(8, 8))
     before = everything(model)

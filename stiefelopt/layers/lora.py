@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from ..distributed import whole, write_once
 from ..errors import ConfigError
 from ..full_precision import full_precision
-from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
+from .adapt import (
+    adapt,
+    adapted_layers,
+    check_state,
+    ends_with,
+    inside_wrappers,
+    plain_name,
+    plainly_named,
+    saved_modules,
+)
 from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
 
@@ -128,8 +137,10 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
             b.cpu(),
         )
     for name, module in parts.saved.items():
-        state = {f"{_PREFIX}{name}.{k}": whole(t).detach().cpu() for k, t in module.state_dict().items()}
-        tensors.update({key: t.clone(memory_format=torch.contiguous_format) for key, t in state.items()})
+        state = {plain_name(k): whole(t).detach().cpu() for k, t in module.state_dict().items()}
+        tensors.update(
+            {f"{_PREFIX}{name}.{k}": t.clone(memory_format=torch.contiguous_format) for k, t in state.items()}
+        )
     path = Path(directory)
     config = _lora_config(parts, ranks, fan_in_fan_out=orientations.pop())
 
@@ -145,11 +156,13 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 def _check_places(parts: Parts) -> None:
     """Refuse a module that several modules hold: PEFT adapts it in one of them and leaves it plain in the others."""
     places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
-    for name, module in parts.model.named_modules(remove_duplicate=False):
-        parent, _, leaf = name.rpartition(".")
+    for place, module in parts.model.named_modules(remove_duplicate=False):
+        parent, _, leaf = place.rpartition(".")
+        name = plain_name(place)
         places.setdefault(module, {}).setdefault((parts.model.get_submodule(parent), leaf), name)
+    named = plainly_named(parts.model)
     for name in (*parts.layers, *parts.saved):
-        names = list(places[parts.model.get_submodule(name)].values())
+        names = list(places[named[name]].values())
         if len(names) > 1:
             raise ConfigError(
                 f"{' and '.join(names)} are one module, and a LoRA checkpoint would change it in one place only; save "
@@ -160,7 +173,7 @@ def _check_places(parts: Parts) -> None:
 def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
     """target_modules that mean these modules and no others."""
     names = list(names)
-    if any(ends_with(name, names) for name, _ in model.named_modules() if name not in names):
+    if any(ends_with(name, names) for name in plainly_named(model) if name not in names):
         # PEFT reads a list as endings, and would adapt more than these; it matches a string in full.
         return "|".join(map(re.escape, names))
     return names
@@ -292,7 +305,7 @@ States = dict[str, dict[str, Tensor]]
 
 def _sort_tensors(model: nn.Module, tensors: dict[str, Tensor], endings: list[str]) -> tuple[Pairs, States]:
     """(A, B) by layer and the states of the modules saved whole; whatever fits neither is refused by name."""
-    modules = dict(model.named_modules())
+    modules = plainly_named(model)
     pairs: Pairs = {}
     saved: States = {name: {} for name in modules if name and ends_with(name, endings)}
     for key, t in tensors.items():
