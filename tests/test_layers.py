@@ -965,6 +965,10 @@ TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"target_modules": "all-linear", "exclude_modules": r"layers\.1\..*|classifier"},
         {n for n in EVERY if n.startswith("layers.0")},
     ),
+    "PEFT's default of modules_to_save": (
+        {"target_modules": ["key"], "modules_to_save": None},
+        {n for n in EVERY if n.endswith("key")},
+    ),
     "all-linear in capitals, as in PEFT": ({"target_modules": "ALL-Linear"}, {*EVERY, "classifier"}),
     "the output embedding by name": ({"target_modules": ["lm_head"]}, {"lm_head"}),
 }
@@ -983,6 +987,11 @@ def test_what_trains_after_adapt() -> None:
     factors = {f"layers.{i}.query.{f}" for i in range(2) for f in "USV"}
     norms = {f"layers.{i}.norm.{w}" for i in range(2) for w in ("weight", "bias")}
     assert trainable == factors | norms | {"classifier.weight", "classifier.bias"}
+
+
+def test_a_rank_may_be_an_integer_of_any_kind() -> None:
+    layer: Any = adapt(Model(), target_modules=["query"], r=np.int64(2)).get_submodule("layers.0.query")
+    assert (layer.r, type(layer.r), layer.S.shape) == (2, int, (2, 2))
 
 
 def test_the_default_layer_is_stella_and_options_reach_it() -> None:
@@ -1054,7 +1063,11 @@ BAD_ADAPT: dict[str, tuple[dict[str, Any], str]] = {
         r"modules_to_save.*'score'",
     ),
     "no rank": ({"target_modules": ["key"]}, r"rank.*r="),
-    "a rank too large for one": ({"target_modules": "all-linear", "r": 4}, r"rank is 4.*from 1 to 3"),
+    "a rank too large for one": (
+        {"target_modules": "all-linear", "r": 4},
+        r"^classifier: the rank is 4.*from 1 to 3.*exclude_modules.*modules_to_save",
+    ),
+    "no targets": ({"target_modules": None, "r": 2}, r"needs target_modules.*'?all-linear"),
     "the same, with corrected bases": (
         {"target_modules": "all-linear", "r": 4, "init": "pseudo-zero"},
         r"rank is 4.*from 1 to 3",

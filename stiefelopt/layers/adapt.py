@@ -141,7 +141,7 @@ def adapt(
     *,
     target_modules: Targets,
     exclude_modules: Targets | None = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: Sequence[str] | None = (),
     reference_dim: int | None = None,
     **layer_options: Any,
 ) -> nn.Module:
@@ -153,7 +153,7 @@ def adapt(
         target_modules: as in PEFT: a regular expression that must match the whole module name, a list of
             name endings, or "all-linear" in any case (every linear module but the output embedding).
         exclude_modules: likewise, taken out again.
-        modules_to_save: name endings of modules that are trained whole, such as a new head.
+        modules_to_save: name endings of modules that are trained whole, such as a new head; None for none.
         reference_dim: StelLA's d, default: the most frequent in_features among the adapted layers; printed.
         layer_options: r, alpha, init, ...: see the layer.
 
@@ -169,8 +169,11 @@ def adapt(
     """
     if "r" not in layer_options:
         raise ConfigError("adapt needs the rank: adapt(model, target_modules=..., r=16).")
+    if target_modules is None:
+        raise ConfigError('adapt needs target_modules: a list of names, such as ["q_proj"], or "all-linear".')
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
+    modules_to_save = () if modules_to_save is None else modules_to_save
     if isinstance(modules_to_save, str):
         raise ConfigError(
             f"modules_to_save is the string {modules_to_save!r}; a list is needed: [{modules_to_save!r}]."
@@ -180,10 +183,10 @@ def adapt(
     missing = [e for e in modules_to_save if not any(ends_with(name, [e]) for name in plainly_named(model))]
     if missing:
         raise ConfigError(f"modules_to_save names {missing[0]!r}, which no module of the model ends with.")
-    for n, m in sizes:
-        check_options(
-            layer_options["r"], (n, m), layer_options.get("alpha"), layer_options.get("dropout", 0.0)
-        )
+    scaling = layer_options.get("alpha"), layer_options.get("dropout", 0.0)
+    for (place, _), (n, m) in zip(found, sizes, strict=True):
+        with _naming(plain_name(place)):
+            check_options(layer_options["r"], (n, m), *scaling)
     announced = ""
     if reference_dim is None:
         reference_dim = Counter(n for n, _ in sizes).most_common(1)[0][0]

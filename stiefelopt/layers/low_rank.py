@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any, cast
 
 import torch
@@ -116,13 +117,24 @@ def _check_weight(base: nn.Module) -> None:
         )
 
 
-def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> None:
-    """Refuse ranks, scales and rates that no adapter can have."""
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= min(sizes):
+def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> int:
+    """Refuse ranks, scales and rates that no adapter can have; returns the rank."""
+    rank = as_rank(r)
+    if rank is None or not 1 <= rank <= min(sizes):
         raise ConfigError(
-            f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}."
+            f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}: use a "
+            f"smaller one, or leave the layer out (adapt's exclude_modules; modules_to_save trains it whole)."
         )
     check_scaling(alpha, dropout)
+    return rank
+
+
+def as_rank(r: Any) -> int | None:
+    """An integer of any kind, numpy's too, as Python's; None for what is none."""
+    try:
+        return None if isinstance(r, bool) else index(r)
+    except TypeError:
+        return None
 
 
 def check_scaling(alpha: object, dropout: object) -> None:
@@ -174,7 +186,7 @@ class LowRankLinear(nn.Module):
         if correction == "fold" and isinstance(base, SharedBase):
             raise ConfigError("correction='fold' changes a base that others hold too; use 'keep'.")
         self.in_features, self.out_features, self.fan_in_fan_out = linear_sizes(base)
-        check_options(r, (self.in_features, self.out_features), alpha, dropout)
+        r = check_options(r, (self.in_features, self.out_features), alpha, dropout)
         self.r, self.alpha = r, float(r if alpha is None else alpha)
         self.use_rslora, self.diagonal = use_rslora, diagonal
         self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
