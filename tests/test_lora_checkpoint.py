@@ -482,6 +482,18 @@ def test_an_untied_head_is_saved_by_transformers(tmp_path: Path) -> None:
         adapt(gpt2(), target_modules=["lm_head"], r=2).save_pretrained(tmp_path)  # type: ignore[operator]
 
 
+def test_a_tied_head_that_is_adapted_cannot_be_tied_again() -> None:
+    model: Any = adapt(gpt2(), target_modules=["lm_head"], r=2)
+    before = logits(model)
+    for call in (model.tie_weights, lambda: model.resize_token_embeddings(40)):
+        assert_near(logits(model), before, 0)
+        with pytest.raises(ConfigError, match=r"StelLALinear.*another weight.*merge_adapters\(model\) first"):
+            call()
+    model = merge_adapters(adapt(gpt2(), target_modules=["lm_head"], r=2))
+    model.tie_weights()
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
 def test_saved_modules_are_exported_however_they_lie_in_memory(tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)

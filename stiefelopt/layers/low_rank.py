@@ -223,6 +223,16 @@ class LowRankLinear(nn.Module):
         """The base's bias."""
         return self.base.bias  # type: ignore[return-value]
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; refuses to be given another base weight, as by transformers' tie_weights."""
+        if name in ("weight", "bias"):
+            raise ConfigError(
+                f"an adapted layer ({type(self).__name__}) cannot be given another {name}, as tie_weights and "
+                f"resize_token_embeddings do with an adapted head: call them before adapt, or merge_adapters(model) "
+                f"first; to set the base's own, assign to layer.base.{name}."
+            )
+        super().register_parameter(name, param)
+
     @property
     def merged(self) -> bool:
         """Whether the update lies in the base weight."""
