@@ -25,10 +25,12 @@ from stiefelopt import (
     Stiefel,
     adapt,
     adapter_state_dict,
+    disable_adapters,
     load_adapter_state_dict,
     merge_adapters,
     param_groups,
 )
+from stiefelopt.layers import LowRankLinear
 from stiefelopt.layers.shared import SharedBase
 
 torch.set_num_threads(1)
@@ -1348,3 +1350,46 @@ def test_a_state_with_the_names_of_a_wrapper_is_loaded_into_that_wrapper() -> No
     load_adapter_state_dict(holders[1], {f"net.{name}": t for name, t in state.items()})
     again = adapter_state_dict(holders[1])
     assert all(torch.equal(t, again[name]) for name, t in state.items())
+
+
+DISABLED: dict[str, dict[str, Any]] = {
+    "stella": {},
+    "pseudo-zero": {"init": "pseudo-zero"},
+    "pseudo-zero kept": {"init": "pseudo-zero", "correction": "keep"},
+    "fold": {"layer": RiemannLoRALinear},
+    "keep": {"layer": RiemannLoRALinear, "correction": "keep"},
+}
+
+
+@pytest.mark.parametrize("options", DISABLED.values(), ids=list(DISABLED))
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_adapters_leave_the_function_from_before(options: dict[str, Any], merged: bool) -> None:
+    model = Model()
+    plain = model(IDS).detach()
+    adapt(model, target_modules=["query", "out", "lm_head"], r=2, alpha=8, **options)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.S.add_(torch.eye(2))
+            if merged:
+                layer.merge()
+    adapted, state = model(IDS).detach(), copy.deepcopy(model.state_dict())
+    with contextlib.suppress(KeyboardInterrupt), disable_adapters(model) as same:
+        assert same is model
+        assert torch.equal(model(IDS), plain)
+        with disable_adapters(model):
+            assert torch.equal(model(IDS), plain)
+        assert torch.equal(model(IDS), plain)
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+        raise KeyboardInterrupt
+    assert torch.equal(model(IDS), adapted)
+    assert not torch.equal(adapted, plain)
+    fresh: Any = adapt(Model(seed=1), target_modules=["query", "out", "lm_head"], r=2, alpha=8, **options)
+    fresh.load_state_dict(state)
+    with disable_adapters(fresh):  # what was folded is known by U0 and V0 alone
+        assert_near(fresh(IDS).detach(), plain)
+
+
+def test_a_plain_model_has_no_adapters_to_disable() -> None:
+    with pytest.raises(ConfigError, match=r"no adapted layer.*adapt\("), disable_adapters(Model()):
+        pass

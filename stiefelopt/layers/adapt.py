@@ -257,7 +257,7 @@ def _own_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     if any(isinstance(layer.base, SharedBase) for layer in layers.values()):
         raise ConfigError(
             "PEFT holds the adapters of this model; use its own methods: save_pretrained, load_adapter, "
-            "merge_and_unload."
+            "merge_and_unload, disable_adapter."
         )
     return layers
 
@@ -299,6 +299,30 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             module.merge()
             _put(model, name, module.base)
     return model
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model computes what it did before `adapt`, bit for bit where the base weights are kept.
+
+    What is folded or merged into a base weight is left out too. Only modules_to_save stay as they are trained: nobody
+    has kept what they were. With gradient checkpointing a backward pass belongs inside as well, since it computes the
+    forward again.
+
+        with disable_adapters(model), torch.no_grad():
+            reference = model(**batch).logits
+
+    Raises:
+        ConfigError: no adapted layer, or PEFT holds them (there it is ``model.disable_adapter()``).
+    """
+    before = {layer: layer.disabled for layer in _own_layers(model).values()}
+    try:
+        for layer in before:
+            layer.disabled = True
+        yield model
+    finally:
+        for layer, was in before.items():
+            layer.disabled = was
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
@@ -161,6 +162,7 @@ class LowRankLinear(nn.Module):
 
     FACTORS = ("U", "S", "V")
     CORRECTIONS: tuple[str, ...] = ("fold", "keep")
+    disabled = False  # by `disable_adapters`
     PROJECTED = False  # what gradients the factors get, see `LowRankUpdate`
     base: nn.Module  # or a `SharedBase`, which stands in for one
     U0: Tensor | None
@@ -240,6 +242,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
+        if self.disabled:
+            return self._without_update(x)
         if x.is_nested:
             return over_rows(self.forward, x)
         if self.may_fuse(x):
@@ -274,6 +278,13 @@ class LowRankLinear(nn.Module):
         base: Any = self.base
         factors = self.U, self.S, self.V, self.scale, self.PROJECTED, *self._correction_beside()
         return LowRankUpdate.apply(None, x, *factors, base.weight, base.bias)
+
+    def _without_update(self, x: Tensor) -> Tensor:
+        """What the base gave before it was adapted, whatever has been folded or merged into it since."""
+        weight = self._original_weight()
+        if weight is self.weight:
+            return cast(Tensor, self.base(x))
+        return cast(Tensor, functional_call(self.base, {"weight": weight}, (x,)))
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Y + scale (dropout(x) V) S^T U^T, in y's dtype; y is base(x)."""
@@ -374,6 +385,16 @@ class LowRankLinear(nn.Module):
             nn.Parameter(total, requires_grad=False) if isinstance(old, nn.Parameter) else total
         )
         return old
+
+    @torch.no_grad()
+    @full_precision
+    def _original_weight(self) -> Tensor:
+        """The base weight before any correction and merge."""
+        if "original" in self._kept:
+            return self._kept["original"]
+        weight = self._kept.get("unmerged", self.weight)
+        before = self._correction() if self.folds else None  # loaded by nn.Module.load_state_dict
+        return weight if before is None else (weight.to(before) + self._oriented(before)).to(weight)
 
     def _check_base_is_whole(self, what: str, way_out: str = "") -> None:
         """Refuse what reads or changes the whole base weight of a sharded layer."""
