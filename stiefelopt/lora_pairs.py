@@ -103,6 +103,9 @@ def _not_plain(module: nn.Module, adapter: str, a: nn.Module, b: nn.Module) -> s
     shapes = [tuple(factor.get_parameter("weight").shape) for factor in (a, b)]
     if not shapes[0][0] == shapes[1][1] == (_said(module, "r", adapter) or shapes[0][0]):
         return f"has factors {shapes[0]} and {shapes[1]}, of which B A is not the update"
+    r, n, m = *shapes[0], shapes[1][0]
+    if r > min(n, m):
+        return f"has rank {r}, and its update {m} x {n} has at most {min(n, m)} (use a smaller r)"
     return None
 
 

@@ -112,6 +112,11 @@ def read_placement(group: Mapping[str, Any]) -> Placement:
         _one_of("direction", given.get("direction", "plain"), DIRECTIONS),
         _decay(given.get("manifold_decay", 0.0)),
     )
+    if placement.needs_rate and "lr" in group and group["lr"] is None:
+        raise ConfigError(
+            "the group's lr is None, as where Adafactor chooses its own (relative_step), and manifold_decay and "
+            "direction='spectral' multiply by it: set lr to a number (relative_step=False), or leave them out."
+        )
     if placement.manifold.held == "tensor":
         return _as_tensor(placement, given)
     if placement.direction == "spectral" and not hasattr(placement.manifold, "stacked_spectral"):

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from stiefelopt import RiemannianWrapper, Stiefel, constrain, param_groups
+from stiefelopt import (
+    ConfigError,
+    RiemannianWrapper,
+    RiemannLoRALinear,
+    StelLALinear,
+    Stiefel,
+    adapt,
+    constrain,
+    param_groups,
+)
 
 accelerate = pytest.importorskip("accelerate")
 AcceleratorState = accelerate.state.AcceleratorState
@@ -134,3 +143,26 @@ def test_bfloat16_autocast() -> None:
     assert not same(bits(model), before)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert wrapper.residuals()["0.weight"] < 1e-5
+
+
+# A hook that shows in the output.
+SHOWING: dict[str, Any] = {"post_forward": lambda self, module, output: output + 100}
+Showing: Any = type("Showing", (accelerate.hooks.ModelHook,), SHOWING)
+
+
+@pytest.mark.parametrize("layer", [StelLALinear, RiemannLoRALinear])
+def test_accelerates_hooks_on_a_base_are_heard(layer: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(4, 6)
+    adapt(model, layer, target_modules=["0"], r=2)
+    expected = model(x) + 100
+    accelerate.hooks.add_hook_to_module(model.get_submodule("0.base"), Showing())
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_offloaded_modules_are_refused_by_name_and_left_working() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), torch.randn(4, 6)
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"^0: .*Linear.*offloaded.*without offloading"):
+        adapt(model, target_modules=["0"], r=2)
+    torch.testing.assert_close(model(x), expected)

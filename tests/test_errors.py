@@ -983,6 +983,13 @@ ON_FIXED_RANK: dict[str, Case] = {
         wrap_rank,
         lambda w: w.sgd(*w.usv, manifold_decay=-1),
     ),
+    "decay without a learning rate": Case(
+        ConfigError,
+        r"lr is None",
+        r"set lr to a number \(relative_step=False\)",
+        wrap_rank,
+        lambda w: w.sgd(*w.usv, manifold_decay=0.1, lr=None),
+    ),
     "decay on Stiefel": Case(
         ConfigError, r"manifold_decay", r"leave it out", wrap, lambda w: w.sgd(w.point, manifold_decay=0.1)
     ),

@@ -105,6 +105,14 @@ def test_whoever_listens_or_trains_is_served() -> None:
     assert layer.base.weight.grad is not None
 
 
+def test_a_base_whose_forward_was_replaced_is_called() -> None:
+    """accelerate's hooks are no hooks of torch's: they put another forward into the module."""
+    layer, x = layer_of(StelLALinear), torch.randn(5, 7, dtype=torch.float64)
+    plain, own = layer(x), layer.base.forward
+    layer.base.forward = lambda x: own(x) + 100
+    torch.testing.assert_close(layer(x), plain + 100)
+
+
 def test_dropout_is_applied_to_the_adapters_input_alone() -> None:
     layer, x = layer_of(StelLALinear, dropout=0.5), torch.ones(5, 7, dtype=torch.float64)
     torch.manual_seed(1)

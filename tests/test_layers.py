@@ -25,10 +25,12 @@ from stiefelopt import (
     Stiefel,
     adapt,
     adapter_state_dict,
+    disable_adapters,
     load_adapter_state_dict,
     merge_adapters,
     param_groups,
 )
+from stiefelopt.layers import LowRankLinear
 from stiefelopt.layers.shared import SharedBase
 
 torch.set_num_threads(1)
@@ -415,6 +417,8 @@ def test_a_half_base_has_float32_factors(dtype: torch.dtype, init: str) -> None:
     assert y.dtype == dtype
     exact = base(x).float() + x.float() @ dense_update(layer).T
     assert_near(y.float(), exact, 8 * torch.finfo(dtype).eps * exact.abs().max().item())
+    # The sum is rounded, once, and not the update before it.
+    assert bool(((y.float() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all())
     y.float().square().sum().backward()
     assert layer.U.grad is not None
     assert layer.U.grad.dtype == torch.float32
@@ -686,6 +690,56 @@ def test_a_weight_that_is_not_in_a_plain_dtype_is_refused_by_it(dtype: torch.dty
         adapt(model, target_modules="all-linear", r=2)
 
 
+class Linear4bit(nn.Linear):
+    """As in bitsandbytes: two numbers a byte, in a column."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        packed = torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+class WithoutWeight(nn.Module):
+    """As in GPTQ, AWQ and HQQ."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 8
+        self.register_buffer(name, torch.zeros(8, 1, dtype=torch.int32))
+
+
+class QuantizedTensor(Tensor):
+    """As in torchao: it says that it is float32."""
+
+
+def quantized_by_subclass() -> nn.Module:
+    linear = nn.Linear(8, 8)
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(QuantizedTensor), requires_grad=False)
+    return linear
+
+
+QUANTIZED: dict[str, Callable[[], nn.Module]] = {
+    "bitsandbytes": lambda: Linear4bit(8, 8),
+    "GPTQ and AWQ": lambda: WithoutWeight("qweight"),
+    "HQQ": lambda: WithoutWeight("W_q"),
+    "packed integers": lambda: WithoutWeight("weight"),
+    "torchao": quantized_by_subclass,
+}
+
+
+@pytest.mark.parametrize("make", QUANTIZED.values(), ids=list(QUANTIZED))
+@pytest.mark.parametrize("targets", ["all-linear", ["1"]])
+def test_quantized_modules_are_refused_by_name_and_never_passed_over(
+    make: Callable[[], nn.Module], targets: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), make())
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"^1: the base is a .*(packed|quantized).*without quantization"):
+        adapt(model, target_modules=targets, r=2)
+    assert_unchanged(model, before)
+    adapt(model, target_modules="all-linear", exclude_modules=["1"], r=2)
+
+
 COMPUTED: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "weight_norm": torch.nn.utils.weight_norm,
     "spectral_norm": torch.nn.utils.spectral_norm,
@@ -913,6 +967,10 @@ TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"target_modules": "all-linear", "exclude_modules": r"layers\.1\..*|classifier"},
         {n for n in EVERY if n.startswith("layers.0")},
     ),
+    "PEFT's default of modules_to_save": (
+        {"target_modules": ["key"], "modules_to_save": None},
+        {n for n in EVERY if n.endswith("key")},
+    ),
     "all-linear in capitals, as in PEFT": ({"target_modules": "ALL-Linear"}, {*EVERY, "classifier"}),
     "the output embedding by name": ({"target_modules": ["lm_head"]}, {"lm_head"}),
 }
@@ -931,6 +989,11 @@ def test_what_trains_after_adapt() -> None:
     factors = {f"layers.{i}.query.{f}" for i in range(2) for f in "USV"}
     norms = {f"layers.{i}.norm.{w}" for i in range(2) for w in ("weight", "bias")}
     assert trainable == factors | norms | {"classifier.weight", "classifier.bias"}
+
+
+def test_a_rank_may_be_an_integer_of_any_kind() -> None:
+    layer: Any = adapt(Model(), target_modules=["query"], r=np.int64(2)).get_submodule("layers.0.query")
+    assert (layer.r, type(layer.r), layer.S.shape) == (2, int, (2, 2))
 
 
 def test_the_default_layer_is_stella_and_options_reach_it() -> None:
@@ -1002,7 +1065,11 @@ BAD_ADAPT: dict[str, tuple[dict[str, Any], str]] = {
         r"modules_to_save.*'score'",
     ),
     "no rank": ({"target_modules": ["key"]}, r"rank.*r="),
-    "a rank too large for one": ({"target_modules": "all-linear", "r": 4}, r"rank is 4.*from 1 to 3"),
+    "a rank too large for one": (
+        {"target_modules": "all-linear", "r": 4},
+        r"^classifier: the rank is 4.*from 1 to 3.*exclude_modules.*modules_to_save",
+    ),
+    "no targets": ({"target_modules": None, "r": 2}, r"needs target_modules.*'?all-linear"),
     "the same, with corrected bases": (
         {"target_modules": "all-linear", "r": 4, "init": "pseudo-zero"},
         r"rank is 4.*from 1 to 3",
@@ -1051,9 +1118,10 @@ def test_singular_vectors_of_a_weight_with_nan_are_refused() -> None:
     assert weight.requires_grad
 
 
-def test_lazy_modules_beside_the_adapted_ones_are_frozen_or_saved_like_others() -> None:
+@pytest.mark.parametrize("targets", ["all-linear", ["0"]])
+def test_lazy_modules_beside_the_adapted_ones_are_frozen_or_saved_like_others(targets: Any) -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyLinear(3))
-    adapt(model, target_modules=["0"], modules_to_save=["2"], r=2, init="pseudo-zero")
+    adapt(model, target_modules=targets, modules_to_save=["2"], r=2, init="pseudo-zero")
     model(torch.randn(4, 8)).sum().backward()
     assert (model[1].weight.grad is None, model[2].weight.grad is None) == (True, False)
 
@@ -1064,6 +1132,14 @@ class Gated(LinearLike):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.gate = nn.Linear(in_features, out_features)
+
+
+def test_a_linear_module_compiled_by_itself_is_refused() -> None:
+    """What was compiled is called, whatever takes its place."""
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1] = torch.compile(model[1], backend="eager")
+    with pytest.raises(ConfigError, match=r"^1: .*compiled by itself.*first, then compile"):
+        adapt(model, target_modules="all-linear", r=2)
 
 
 def test_matches_inside_matches_are_refused() -> None:
@@ -1274,3 +1350,46 @@ def test_a_state_with_the_names_of_a_wrapper_is_loaded_into_that_wrapper() -> No
     load_adapter_state_dict(holders[1], {f"net.{name}": t for name, t in state.items()})
     again = adapter_state_dict(holders[1])
     assert all(torch.equal(t, again[name]) for name, t in state.items())
+
+
+DISABLED: dict[str, dict[str, Any]] = {
+    "stella": {},
+    "pseudo-zero": {"init": "pseudo-zero"},
+    "pseudo-zero kept": {"init": "pseudo-zero", "correction": "keep"},
+    "fold": {"layer": RiemannLoRALinear},
+    "keep": {"layer": RiemannLoRALinear, "correction": "keep"},
+}
+
+
+@pytest.mark.parametrize("options", DISABLED.values(), ids=list(DISABLED))
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_adapters_leave_the_function_from_before(options: dict[str, Any], merged: bool) -> None:
+    model = Model()
+    plain = model(IDS).detach()
+    adapt(model, target_modules=["query", "out", "lm_head"], r=2, alpha=8, **options)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.S.add_(torch.eye(2))
+            if merged:
+                layer.merge()
+    adapted, state = model(IDS).detach(), copy.deepcopy(model.state_dict())
+    with contextlib.suppress(KeyboardInterrupt), disable_adapters(model) as same:
+        assert same is model
+        assert torch.equal(model(IDS), plain)
+        with disable_adapters(model):
+            assert torch.equal(model(IDS), plain)
+        assert torch.equal(model(IDS), plain)
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+        raise KeyboardInterrupt
+    assert torch.equal(model(IDS), adapted)
+    assert not torch.equal(adapted, plain)
+    fresh: Any = adapt(Model(seed=1), target_modules=["query", "out", "lm_head"], r=2, alpha=8, **options)
+    fresh.load_state_dict(state)
+    with disable_adapters(fresh):  # what was folded is known by U0 and V0 alone
+        assert_near(fresh(IDS).detach(), plain)
+
+
+def test_a_plain_model_has_no_adapters_to_disable() -> None:
+    with pytest.raises(ConfigError, match=r"no adapted layer.*adapt\("), disable_adapters(Model()):
+        pass

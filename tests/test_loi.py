@@ -459,6 +459,21 @@ def test_reentrant_checkpointing_is_refused_by_torch_with_the_way_out() -> None:
     assert_same(before, snapshot(net))
 
 
+def test_layers_that_reentrant_checkpointing_hides_are_refused_by_name() -> None:
+    """The way to the other layers does not lead through the checkpoint, and torch says nothing."""
+
+    class Hiding(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = checkpoint(self.first, x.requires_grad_(), use_reentrant=True)
+            return self.second(h)
+
+    net = adapted(Hiding())
+    before = snapshot(net)
+    with pytest.raises(ConfigError, match=r"^first ran without a graph.*use_reentrant=False"):
+        loi_init(net, closure_of(net, X.clone()), generator=seeded())
+    assert_same(before, snapshot(net))
+
+
 def test_trainable_parameters_beside_the_adapters_get_no_gradient() -> None:
     net: Any = Net()
     net.bias = nn.Parameter(torch.zeros(9, dtype=torch.float64))

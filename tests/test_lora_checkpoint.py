@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.optim import AdamW
 
 from stiefelopt import (
@@ -273,6 +274,56 @@ def test_a_wrapped_model_has_the_plain_models_checkpoints(wrap: Callable[..., An
     assert_near(logits(exported_to_peft(wrap(model), bert, tmp_path)), logits(model))
 
 
+def checkpointed(model: Any) -> Any:
+    layers = any(isinstance(module, StelLALinear) for module in model.modules())
+    kinds = (type(model.bert.encoder.layer[0]), StelLALinear if layers else nn.Linear)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, kinds))
+    return model
+
+
+def compiled_in_part(model: Any) -> Any:
+    model.bert.encoder.layer[0] = torch.compile(model.bert.encoder.layer[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, compiled_in_part])
+def test_wrappers_inside_a_model_have_no_part_in_names(wrap: Callable[..., Any], tmp_path: Path) -> None:
+    kind = KINDS["Linear and a head"]
+    model = disturb(adapted(kind))
+    plain, wrapped = adapter_state_dict(model), wrap(copy.deepcopy(model))
+    state = adapter_state_dict(wrapped)
+    assert state.keys() == plain.keys()
+    fresh = wrap(adapted(kind, generator=torch.Generator().manual_seed(99)))
+    load_adapter_state_dict(fresh, plain)
+    assert_near(logits(fresh), logits(model))
+    assert_near(logits(exported_to_peft(wrapped, bert, tmp_path)), logits(model))
+    assert_near(logits(merge_adapters(wrapped)), logits(model))
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, compiled_in_part])
+def test_wrappers_inside_a_model_do_not_hide_what_is_to_be_adapted(
+    wrap: Callable[..., Any], tmp_path: Path
+) -> None:
+    make, targets, saved = KINDS["Linear and a head"]
+    regex = rf"bert\.encoder\.layer\.\d\.attention\.self\.({'|'.join(targets)})"
+    options: dict[str, Any] = {"modules_to_save": saved, "r": 3, "alpha": 6.0}
+    model = disturb(adapt(wrap(make()), target_modules=regex, **options))
+    assert adapter_state_dict(model).keys() == adapter_state_dict(adapted(KINDS["Linear and a head"])).keys()
+    export_lora(model, tmp_path)
+    assert_near(logits(import_lora(wrap(make()), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Parent], ids=["bare", "wrapped"])
+def test_a_model_adapted_in_part_has_names_of_its_own(wrap: Callable[..., Any], tmp_path: Path) -> None:
+    model = gpt2().requires_grad_(False)
+    disturb(adapt(model.transformer, target_modules=["c_attn"], modules_to_save=["ln_f"], r=3))
+    given = wrap(model)
+    state = adapter_state_dict(given)
+    assert all(name.startswith("transformer.") for name in state)
+    load_adapter_state_dict(given, state)
+    assert_near(logits(exported_to_peft(given, gpt2, tmp_path)), logits(model))
+
+
 def test_two_adapted_models_in_one_parent_keep_both_heads() -> None:
     kind = KINDS["Linear and a head"]
     pair = nn.ModuleDict({"a": disturb(adapted(kind)), "b": adapted(kind)})
@@ -501,6 +552,18 @@ def test_an_untied_head_is_saved_by_transformers(tmp_path: Path) -> None:
     assert torch.equal(saved["lm_head.base.weight"], saved["transformer.wte.weight"])
     with pytest.raises(RuntimeError, match="shared tensors"):
         adapt(gpt2(), target_modules=["lm_head"], r=2).save_pretrained(tmp_path)  # type: ignore[operator]
+
+
+def test_a_tied_head_that_is_adapted_cannot_be_tied_again() -> None:
+    model: Any = adapt(gpt2(), target_modules=["lm_head"], r=2)
+    before = logits(model)
+    for call in (model.tie_weights, lambda: model.resize_token_embeddings(40)):
+        assert_near(logits(model), before, 0)
+        with pytest.raises(ConfigError, match=r"StelLALinear.*another weight.*merge_adapters\(model\) first"):
+            call()
+    model = merge_adapters(adapt(gpt2(), target_modules=["lm_head"], r=2))
+    model.tie_weights()
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_saved_modules_are_exported_however_they_lie_in_memory(tmp_path: Path) -> None:

@@ -848,6 +848,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "all frozen": (lambda: half_frozen("lora_"), r"no trainable LoRA pair.*adapter that is active"),
     "no LoRA": (tiny_llama, r"no trainable LoRA pair in LlamaForCausalLM.*get_peft_model"),
+    "a rank that is too large": (
+        lambda: with_lora(Convolution(), target_modules=["linear"], r=6),
+        r"linear.*has rank 6, and its update 5 x 6 has at most 5",
+    ),
     "a shared factor": (shared, r"lora_A\.default\.weight is shared with another pair"),
 }
 

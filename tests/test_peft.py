@@ -857,6 +857,9 @@ def test_a_wrapped_model_is_exported_as_what_it_wraps(config: Config, tmp_path: 
         near(logits(loaded), logits(model), 5e-6)
     with pytest.raises(UnknownNameError, match="pass the model that PEFT gave"):
         export_lora(model.get_base_model().bert, tmp_path)
+    layers = model.get_base_model().bert.encoder.layer
+    layers[0] = torch.compile(layers[0], backend="eager")
+    near(logits(PeftModel.from_pretrained(bert(), export_lora(model, tmp_path))), logits(loaded), 5e-6)
 
 
 def test_an_adapter_with_biases_is_no_plain_lora(tmp_path: Path) -> None:

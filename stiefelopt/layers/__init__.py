@@ -1,6 +1,6 @@
 """Low-rank adapters with geometry."""
 
-from .adapt import adapt, adapter_state_dict, load_adapter_state_dict, merge_adapters
+from .adapt import adapt, adapter_state_dict, disable_adapters, load_adapter_state_dict, merge_adapters
 from .loi import loi_init
 from .lora import export_lora, import_lora
 from .low_rank import LowRankLinear
@@ -13,6 +13,7 @@ __all__ = [
     "StelLALinear",
     "adapt",
     "adapter_state_dict",
+    "disable_adapters",
     "export_lora",
     "import_lora",
     "load_adapter_state_dict",

@@ -54,7 +54,7 @@ def loi_init(
 
     Raises:
         ConfigError: no such layer, an option out of range, or the closure is none, or returned no loss that depends on
-            the model.
+            the model, or a layer ran without a graph (reentrant checkpointing).
         StepError: a gradient is not finite. In both cases nothing has changed.
 
     Cost: 2 (q + 1) forward and backward passes, all layers at once, each batch; memory for 2 (m + n) (2 r +
@@ -178,9 +178,12 @@ class _Probing:
         frees = [probe.free for probe in self.probes.values()]
         total = [torch.zeros_like(free) for free in frees]
         for closure in closures:
+            for probe in self.probes.values():
+                probe.grad_modes.clear()
             with torch.random.fork_rng(), torch.enable_grad():
                 grads = torch.autograd.grad(_checked_loss(closure()), frees, allow_unused=True)
             advance()
+            self._check_seen(grads)
             if all(g is None for g in grads):
                 raise ConfigError(_NO_LOSS)
             total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
@@ -191,6 +194,16 @@ class _Probing:
                 )
         return dict(zip(self.layers, total, strict=True))
 
+    def _check_seen(self, grads: Sequence[Tensor | None]) -> None:
+        """Refuse a layer that has run, but never with a graph: its gradient is not zero, it is unknown."""
+        for (name, probe), g in zip(self.probes.items(), grads, strict=True):
+            if g is None and probe.grad_modes == {False}:
+                raise ConfigError(
+                    f"{name} ran without a graph, so that its gradient cannot be asked for: reentrant checkpointing or "
+                    f"torch.no_grad() in the model. Checkpoint with use_reentrant=False, or not at all "
+                    f"(gradient_checkpointing_disable()), while loi_init runs; leave layers under no_grad out of adapt."
+                )
+
 
 class _Probe:
     """What a layer adds in place of its update: (x Om) A^T with A free, or (x B) Q^T with B free."""
@@ -199,7 +212,11 @@ class _Probe:
     fixed: Tensor
     on_right: bool
 
+    def __init__(self) -> None:
+        self.grad_modes: set[bool] = set()  # those it ran in
+
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        self.grad_modes.add(torch.is_grad_enabled())
         inner, outer = (self.fixed, self.free) if self.on_right else (self.free, self.fixed)
         x = x.to(inner.dtype)
         return y + (x @ inner @ outer.mT).to(y.dtype)

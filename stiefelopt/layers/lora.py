@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from ..distributed import whole, write_once
 from ..errors import ConfigError, UnknownNameError
 from ..full_precision import full_precision
-from .adapt import adapt, adapted_layers, check_state, ends_with, inside_wrappers, saved_modules
+from .adapt import (
+    adapt,
+    adapted_layers,
+    check_state,
+    ends_with,
+    inside_wrappers,
+    plain_name,
+    plainly_named,
+    saved_modules,
+)
 from .low_rank import LowRankLinear, linear_sizes
 from .stella import StelLALinear
 from .tied import check_tied, peft_ties, tied_to
@@ -150,8 +159,10 @@ def export_lora(
             b.cpu(),
         )
     for name, module in parts.saved.items():
-        state = {f"{_PREFIX}{name}.{k}": whole(t).detach().cpu() for k, t in module.state_dict().items()}
-        tensors.update({key: t.clone(memory_format=torch.contiguous_format) for key, t in state.items()})
+        state = {plain_name(k): whole(t).detach().cpu() for k, t in module.state_dict().items()}
+        tensors.update(
+            {f"{_PREFIX}{name}.{k}": t.clone(memory_format=torch.contiguous_format) for k, t in state.items()}
+        )
     path = Path(directory)
     config = _lora_config(parts, ranks)
 
@@ -169,7 +180,7 @@ def _for_task(parts: Parts, task_type: str) -> Parts:
     if task_type not in _TASKS:
         known = ", ".join(map(repr, _TASKS))
         raise UnknownNameError(f"task_type is {task_type!r}; use one of {known}, or leave it out.")
-    heads = {name: m for name, m in parts.model.named_modules() if ends_with(name, _TASKS[task_type])}
+    heads = {name: m for name, m in plainly_named(parts.model).items() if ends_with(name, _TASKS[task_type])}
     adapted = next((name for name in heads if name in parts.layers), None)
     if adapted is not None:
         raise ConfigError(
@@ -205,11 +216,13 @@ def _with_tied(parts: Parts) -> Parts:
 def _check_places(parts: Parts) -> None:
     """Refuse a module that several modules hold: PEFT adapts it in one of them and leaves it plain in the others."""
     places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
-    for name, module in parts.model.named_modules(remove_duplicate=False):
-        parent, _, leaf = name.rpartition(".")
+    for place, module in parts.model.named_modules(remove_duplicate=False):
+        parent, _, leaf = place.rpartition(".")
+        name = plain_name(place)
         places.setdefault(module, {}).setdefault((parts.model.get_submodule(parent), leaf), name)
+    named = plainly_named(parts.model)
     for name in (*parts.layers, *parts.saved):
-        names = list(places[parts.model.get_submodule(name)].values())
+        names = list(places[named[name]].values())
         if len(names) > 1:
             raise ConfigError(
                 f"{' and '.join(names)} are one module, and a LoRA checkpoint would change it in one place only; save "
@@ -220,7 +233,7 @@ def _check_places(parts: Parts) -> None:
 def exact_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
     """target_modules that mean these modules and no others."""
     names = list(names)
-    if any(ends_with(name, names) for name, _ in model.named_modules() if name not in names):
+    if any(ends_with(name, names) for name in plainly_named(model) if name not in names):
         # PEFT reads a list as endings, and would adapt more than these; it matches a string in full.
         return "|".join(map(re.escape, names))
     return names
@@ -350,10 +363,10 @@ def _modules_to_save(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     Those that the model lacks are left out, as PEFT does: for a classifier it writes both "classifier" and "score".
     """
     named = config.get("modules_to_save") or ()
-    endings = [e for e in named if any(ends_with(name, [e]) for name, _ in model.named_modules())]
+    endings = [e for e in named if any(ends_with(name, [e]) for name in plainly_named(model))]
     if not config.get("ensure_weight_tying"):
         return endings
-    saved = {name: m for name, m in model.named_modules() if name and ends_with(name, endings)}
+    saved = {name: m for name, m in plainly_named(model).items() if name and ends_with(name, endings)}
     return [*endings, *tied_to(model, saved)]
 
 
@@ -367,7 +380,8 @@ def _adapt_to(
 ) -> nn.Module:
     """Adapt exactly the named modules with layers of these ranks and scale 1; what it is about has no place here."""
     exactly = "|".join(map(re.escape, ranks))
-    rank_of = {model.get_submodule(name): r for name, r in ranks.items()}
+    named = plainly_named(model)
+    rank_of = {named[name]: r for name, r in ranks.items()}
 
     def of_its_rank(base: nn.Module, r: int, **options: Any) -> LowRankLinear:
         return layer(base, rank_of[base], **options)
@@ -388,8 +402,8 @@ def _vocabulary(model: nn.Module) -> dict[str, Tensor]:
     for get in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(NotImplementedError):
             parts.append(getattr(model, get, lambda: None)())
-    named = [(name, m) for name, m in model.named_modules() if any(m is part for part in parts)]
-    return {f"{name}.{key}": p for name, m in named for key, p in m.named_parameters()}
+    named = [(name, m) for name, m in plainly_named(model).items() if any(m is part for part in parts)]
+    return {f"{name}.{plain_name(key)}": p for name, m in named for key, p in m.named_parameters()}
 
 
 def _sort_tensors(
@@ -400,7 +414,7 @@ def _sort_tensors(
     PEFT saves embedding and head where they are among the targets or the vocabulary has been resized. Whatever fits
     nowhere is refused by name.
     """
-    modules, vocabulary = dict(model.named_modules()), _vocabulary(model)
+    modules, vocabulary = plainly_named(model), _vocabulary(model)
     pairs: Pairs = {}
     base: dict[str, Tensor] = {}
     saved: States = {name: {} for name in modules if name and ends_with(name, endings)}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
 
 from ..distributed import is_distributed, to_shards, whole, write_whole
 from ..errors import ConfigError
@@ -21,6 +25,9 @@ from .nested import over_rows
 from .shared import SharedBase
 from .update import LowRankUpdate, factors_of_update, plus_product
 
+# Where quantized linear modules without a plain weight keep it: GPTQ and AWQ, HQQ, torch's own, AQLM.
+_PACKED = ("qweight", "W_q", "_packed_params", "codes")
+
 
 def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
     """(in_features, out_features, whether the weight lies (in, out)) of a linear module.
@@ -28,7 +35,8 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
     nn.Linear, transformers' Conv1D, and anything with in_features, out_features and such a weight.
 
     Raises:
-        ConfigError: not linear, or a weight that an update cannot be added to: quantized, or computed at every use.
+        ConfigError: not linear, or a weight that an update cannot be added to: quantized, offloaded, or computed at
+            every use.
     """
     if isinstance(base, SharedBase):
         return linear_sizes(base.module)
@@ -37,6 +45,8 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
             f"the base is a {type(base).__name__}, adapted already; use its own base, or merge_adapters first."
         )
     sizes = _sizes(base)
+    if sizes is None and _is_packed(base):
+        raise _quantized(base, "whose weight is packed, or parted among ranks")
     if sizes is None:
         raise ConfigError(
             f"the base is a {type(base).__name__}; a linear module is needed: nn.Linear, transformers' Conv1D, or one "
@@ -47,8 +57,8 @@ def linear_sizes(base: nn.Module | SharedBase) -> tuple[int, int, bool]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear by its shape; `linear_sizes` says whether it can be adapted."""
-    return _sizes(module) is not None
+    """Whether a module is linear by its sizes; `linear_sizes` says whether it can be adapted."""
+    return _sizes(module) is not None or _is_packed(module)
 
 
 def _sizes(base: nn.Module) -> tuple[int, int, bool] | None:
@@ -61,6 +71,24 @@ def _sizes(base: nn.Module) -> tuple[int, int, bool] | None:
     return (weight.shape[1], weight.shape[0], False) if sizes == (weight.shape[1], weight.shape[0]) else None
 
 
+def _is_packed(base: nn.Module) -> bool:
+    """Whether it is linear with a weight of another form: quantized by bitsandbytes to 4 bits, GPTQ, AWQ, HQQ, ..."""
+    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    weight: Any = getattr(base, "weight", None)
+    if not all(isinstance(size, int) for size in sizes) or is_lazy(weight):
+        return False
+    whole_numbers = isinstance(weight, Tensor) and not (weight.is_floating_point() or weight.is_complex())
+    return isinstance(base, nn.Linear) or whole_numbers or any(hasattr(base, name) for name in _PACKED)
+
+
+def _quantized(base: nn.Module, what: str) -> ConfigError:
+    return ConfigError(
+        f"the base is a {type(base).__name__} {what}; a linear module is needed whose weight (out_features, "
+        f"in_features) is float16, bfloat16, float32 or float64: load the model without quantization, or leave the "
+        f"module out."
+    )
+
+
 def _check_weight(base: nn.Module) -> None:
     """Refuse a weight whose numbers are not its values, or that is made anew at every use, with what is added lost."""
     if is_distributed(cast(Tensor, base.weight)):
@@ -68,13 +96,19 @@ def _check_weight(base: nn.Module) -> None:
             f"the base is a {type(base).__name__} whose weight is sharded, and fully_shard would not know of factors "
             f"made now; a whole weight is needed: adapt the model first, then shard it."
         )
-    dtype = cast(Tensor, base.weight).dtype
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if cast(Tensor, base.weight).is_meta and hasattr(base, "_hf_hook"):
         raise ConfigError(
-            f"the base is a {type(base).__name__} with a weight in {dtype}; a linear module is needed whose weight "
-            f"(out_features, in_features) is float16, bfloat16, float32 or float64: load the model without "
-            f"quantization, or leave the module out."
+            f"the base is a {type(base).__name__} whose weight accelerate keeps elsewhere (offloaded to the CPU or to "
+            f"disk) and brings for each forward, so that there is nothing to add to; a weight that stays is needed: "
+            f"load the model without offloading, or leave the module out."
         )
+    weight = cast(Tensor, base.weight)
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise _quantized(base, f"with a weight in {weight.dtype}")
+    # torchao's says that it is in the dtype that it is multiplied in.
+    kind = type(weight.data)
+    if kind is not Tensor and not isinstance(weight.data, FakeTensor):
+        raise _quantized(base, f"whose weight is a {kind.__name__}, quantized and not a plain tensor")
     if "weight" not in base._parameters and "weight" not in base._buffers:
         raise ConfigError(
             f"the base is a {type(base).__name__} whose weight is computed from others (weight_norm, spectral_norm, "
@@ -84,13 +118,24 @@ def _check_weight(base: nn.Module) -> None:
         )
 
 
-def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> None:
-    """Refuse ranks, scales and rates that no adapter can have."""
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= min(sizes):
+def check_options(r: object, sizes: tuple[int, int], alpha: object, dropout: object) -> int:
+    """Refuse ranks, scales and rates that no adapter can have; returns the rank."""
+    rank = as_rank(r)
+    if rank is None or not 1 <= rank <= min(sizes):
         raise ConfigError(
-            f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}."
+            f"the rank is {r!r}; a layer {sizes[0]} -> {sizes[1]} takes an integer from 1 to {min(sizes)}: use a "
+            f"smaller one, or leave the layer out (adapt's exclude_modules; modules_to_save trains it whole)."
         )
     check_scaling(alpha, dropout)
+    return rank
+
+
+def as_rank(r: Any) -> int | None:
+    """An integer of any kind, numpy's too, as Python's; None for what is none."""
+    try:
+        return None if isinstance(r, bool) else index(r)
+    except TypeError:
+        return None
 
 
 def check_scaling(alpha: object, dropout: object) -> None:
@@ -117,6 +162,7 @@ class LowRankLinear(nn.Module):
 
     FACTORS = ("U", "S", "V")
     CORRECTIONS: tuple[str, ...] = ("fold", "keep")
+    disabled = False  # by `disable_adapters`
     PROJECTED = False  # what gradients the factors get, see `LowRankUpdate`
     base: nn.Module  # or a `SharedBase`, which stands in for one
     U0: Tensor | None
@@ -142,7 +188,7 @@ class LowRankLinear(nn.Module):
         if correction == "fold" and isinstance(base, SharedBase):
             raise ConfigError("correction='fold' changes a base that others hold too; use 'keep'.")
         self.in_features, self.out_features, self.fan_in_fan_out = linear_sizes(base)
-        check_options(r, (self.in_features, self.out_features), alpha, dropout)
+        r = check_options(r, (self.in_features, self.out_features), alpha, dropout)
         self.r, self.alpha = r, float(r if alpha is None else alpha)
         self.use_rslora, self.diagonal = use_rslora, diagonal
         self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
@@ -179,6 +225,16 @@ class LowRankLinear(nn.Module):
         """The base's bias."""
         return self.base.bias  # type: ignore[return-value]
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; refuses to be given another base weight, as by transformers' tie_weights."""
+        if name in ("weight", "bias"):
+            raise ConfigError(
+                f"an adapted layer ({type(self).__name__}) cannot be given another {name}, as tie_weights and "
+                f"resize_token_embeddings do with an adapted head: call them before adapt, or merge_adapters(model) "
+                f"first; to set the base's own, assign to layer.base.{name}."
+            )
+        super().register_parameter(name, param)
+
     @property
     def merged(self) -> bool:
         """Whether the update lies in the base weight."""
@@ -186,6 +242,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + scale (dropout(x) V) S^T U^T, in the base's output dtype."""
+        if self.disabled:
+            return self._without_update(x)
         if x.is_nested:
             return over_rows(self.forward, x)
         if self.may_fuse(x):
@@ -208,6 +266,7 @@ class LowRankLinear(nn.Module):
             and not (self.merged or (self.training and self.dropout.p))
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not (base._backward_pre_hooks or _has_any_global_hook())
+            and "forward" not in base.__dict__  # what accelerate's hooks are: they replace it
             and not torch.is_autocast_enabled(x.device.type)
             and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
             and not under_transform()
@@ -219,6 +278,13 @@ class LowRankLinear(nn.Module):
         base: Any = self.base
         factors = self.U, self.S, self.V, self.scale, self.PROJECTED, *self._correction_beside()
         return LowRankUpdate.apply(None, x, *factors, base.weight, base.bias)
+
+    def _without_update(self, x: Tensor) -> Tensor:
+        """What the base gave before it was adapted, whatever has been folded or merged into it since."""
+        weight = self._original_weight()
+        if weight is self.weight:
+            return cast(Tensor, self.base(x))
+        return cast(Tensor, functional_call(self.base, {"weight": weight}, (x,)))
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Y + scale (dropout(x) V) S^T U^T, in y's dtype; y is base(x)."""
@@ -320,6 +386,16 @@ class LowRankLinear(nn.Module):
             nn.Parameter(total, requires_grad=False) if isinstance(old, nn.Parameter) else total
         )
         return old
+
+    @torch.no_grad()
+    @full_precision
+    def _original_weight(self) -> Tensor:
+        """The base weight before any correction and merge."""
+        if "original" in self._kept:
+            return self._kept["original"]
+        weight = self._kept.get("unmerged", self.weight)
+        before = self._correction() if self.folds else None  # loaded by nn.Module.load_state_dict
+        return weight if before is None else (weight.to(before) + self._oriented(before)).to(weight)
 
     def _check_base_is_whole(self, what: str, way_out: str = "") -> None:
         """Refuse what reads or changes the whole base weight of a sharded layer."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .adapt import plainly_named
 
 
 def tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -20,7 +21,7 @@ def tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> dict[str, nn.Mo
     inside = {part for module in saved.values() for part in module.modules()}
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in plainly_named(model).items()
         if module not in inside and any(id(p) in trained for p in module.parameters(recurse=False))
     }
 
@@ -40,7 +41,7 @@ def peft_ties(model: Any, saved: Mapping[str, nn.Module]) -> bool:
 def check_tied(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Refuse values by name that a parameter with several names cannot have under all of them."""
     held: dict[Tensor, list[str]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in plainly_named(model).items():
         for key, p in module.named_parameters(recurse=False):
             held.setdefault(p, []).append(f"{prefix}.{key}" if prefix else key)
     for p, names in held.items():

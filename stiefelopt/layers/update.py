@@ -25,7 +25,10 @@ def _own(z: Tensor, u: Tensor, u0: Tensor | None) -> Tensor:
 def plus_product(y: Tensor, z: Tensor, wide: Tensor) -> Tensor:
     """y + z wide of rows y and z, in y's dtype: one pass over the wide result where the dtypes allow it."""
     if y.dtype != z.dtype or y.dtype != wide.dtype or y.device.type != z.device.type:
-        return y + (z @ wide).to(y.dtype)
+        product = z @ wide
+        if y.dtype in HALF and product.dtype not in HALF:
+            return product.add_(y).to(y.dtype)  # rounded once
+        return y + product.to(y.dtype)
     return torch.addmm(y, z, wide)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ConfigError, UnknownNameError
+from ...layers.adapt import plainly_named
 from ...layers.lora import Parts
 from .layer import AdaptedLinear
 from .registration import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftModel
@@ -20,14 +21,15 @@ def peft_parts(model: nn.Module, adapter_name: str | None) -> Parts | None:
         ConfigError: several are active.
     """
     base, configs = _inside_wrappers(model)
-    layers = {name: m for name, m in base.named_modules() if isinstance(m, AdaptedLinear)}
+    modules = plainly_named(base)
+    layers = {name: m for name, m in modules.items() if isinstance(m, AdaptedLinear)}
     if not layers:
         return None
     name = _chosen(adapter_name, next(iter(layers.values())), configs)
     config = configs[name]
     beyond = f"the adapter {name!r} trains biases" if config.bias != "none" else ""
     saved = {}
-    for key, module in base.named_modules():
+    for key, module in modules.items():
         if isinstance(module, ModulesToSaveWrapper):
             if name in module.modules_to_save:
                 saved[key] = module.modules_to_save[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, ClassVar
 
 from torch import nn
@@ -13,7 +14,7 @@ from ...layers import LowRankLinear, RiemannLoRALinear, StelLALinear
 from ...layers import riemann_lora as riemann_layer
 from ...layers import stella as stella_layer
 from ...layers.lora import exact_targets, rank_patterns
-from ...layers.low_rank import check_scaling
+from ...layers.low_rank import as_rank, check_scaling
 from ...layers.shared import SharedBase
 from .registration import Method, PeftConfig, get_peft_model
 
@@ -66,8 +67,10 @@ class LowRankConfig(PeftConfig):
         self.exclude_modules = _as_set(self.exclude_modules)
         self.rank_pattern, self.alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
         for rank in (self.r, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            if (as_rank(rank) or 0) < 1:
                 raise ConfigError(f"the rank is {rank!r}; a positive integer is needed.")
+        # Python's own, which JSON knows.
+        self.r, self.rank_pattern = index(self.r), {k: index(r) for k, r in self.rank_pattern.items()}
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             check_scaling(alpha, self.lora_dropout)
         self._check_words()
