@@ -40,7 +40,7 @@ def peft_ties(model: Any, saved: Mapping[str, nn.Module]) -> bool:
 
 def check_tied(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Refuse values by name that a parameter with several names cannot have under all of them."""
-    held: dict[Tensor, list[str]] = {}
+    held: dict[nn.Parameter, list[str]] = {}
     for prefix, module in plainly_named(model).items():
         for key, p in module.named_parameters(recurse=False):
             held.setdefault(p, []).append(f"{prefix}.{key}" if prefix else key)
