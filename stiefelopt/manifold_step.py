@@ -29,6 +29,8 @@ _COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 Settings = dict[str, Any]
+# What a group says, its parameters, and which of them have a gradient.
+Signed = tuple[Settings, list[Tensor], list[bool]]
 
 
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> object:
@@ -102,7 +104,7 @@ class ManifoldStep:
         self._alarm = Alarm()
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        self._signature: list[tuple[Settings, list[Tensor]]] | None = None
+        self._signature: list[Signed] | None = None
 
     # Groups
 
@@ -253,8 +255,11 @@ class ManifoldStep:
     def _stacks(self) -> Iterator[Stack]:
         return (stack for bucket in self._buckets for stack in bucket.stacks)
 
-    def _sign(self) -> list[tuple[Settings, list[Tensor]]]:
-        """What was checked, and what the buckets were made from. Shapes and dtypes show when they are gathered."""
+    def _sign(self) -> list[Signed]:
+        """What was checked, and what the buckets were made from. Shapes and dtypes show when they are gathered.
+
+        Parameters without a gradient too: the lists that the optimizer is lent and what is withheld name them.
+        """
         return [
             (
                 # The index: slots and joints know their group by it. A decay that may be refused; what is decoupled
@@ -264,7 +269,8 @@ class ManifoldStep:
                     "index": i,
                     "weight_decay": self._couples_decay and _coupled_decay(group),
                 },
-                [p for p in group["params"] if p.grad is not None],
+                list(group["params"]),
+                [p.grad is not None for p in group["params"]],
             )
             for i, group in enumerate(self.optimizer.param_groups)
             if group.get("manifold") is not None or any(map(may_carry, group["params"]))
@@ -440,11 +446,12 @@ def _plain(manifold: Manifold) -> object:
         return manifold
 
 
-def _same(
-    now: Sequence[tuple[Settings, list[Tensor]]], then: Sequence[tuple[Settings, list[Tensor]]]
-) -> bool:
+def _same(now: Sequence[Signed], then: Sequence[Signed]) -> bool:
     return len(now) == len(then) and all(
-        a == b and len(p) == len(q) and all(map(is_, p, q)) for (a, p), (b, q) in zip(now, then, strict=True)
+        a == b
+        and some == others
+        and all(map(is_, p, q))  # as many parameters, if as many are said to have gradients
+        for (a, p, some), (b, q, others) in zip(now, then, strict=True)
     )
 
 

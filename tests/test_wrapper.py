@@ -914,6 +914,22 @@ def test_frozen_parameters_stay() -> None:
     assert not torch.equal(model.points[0], before)
 
 
+@pytest.mark.parametrize("wrap", [RiemannianWrapper, attach], ids=["wrapper", "attach"])
+def test_a_frozen_parameter_that_moves_to_another_group_is_stepped_as_there(wrap: Wrap) -> None:
+    model = Model()
+    inner = SGD(model.groups(), lr=0.1)
+    wrapper = wrap(inner)
+    stepping = wrapper if wrap is RiemannianWrapper else inner
+    model.set_gradients(0)
+    model.points[2].grad = None
+    stepping.step()
+    moved = inner.param_groups[0]["params"].pop(2)
+    inner.param_groups[1]["params"].append(moved)
+    moved.grad, before = torch.ones_like(moved), moved.detach().clone()
+    stepping.step()
+    assert torch.equal(moved, before - 0.1)
+
+
 def test_a_parameter_shared_between_modules_is_stepped_once() -> None:
     first, second = nn.Linear(3, 8, bias=False).double(), nn.Linear(3, 8, bias=False).double()
     constrain(first, "weight", Stiefel())
