@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -155,7 +156,9 @@ class Stack:
 
     def load(self) -> None:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
-        if (self.params[0].dtype, self.params[0].shape) != self._kind:
+        # Stacking refuses shapes that differ, but casts a dtype that does in silence.
+        dtype, shape = self._kind
+        if self.params[0].shape != shape or set(map(attrgetter("dtype"), self.params)) != {dtype}:
             raise RuntimeError("the parameters' dtype or shape has changed")
         self._points, self._work = self._spaces
         self._gather(self._masters.values() if self._masters else self.params, self._points.whole)

@@ -1037,6 +1037,25 @@ def test_a_model_turned_to_half_precision_goes_on_there() -> None:
     assert max(wrapper.residuals().values()) < 2**-6
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("dtype", "master"), [(torch.float64, []), (torch.bfloat16, ["master"])], ids=str)
+def test_one_of_two_stacked_points_changes_its_dtype(
+    which: int, dtype: torch.dtype, master: list[str]
+) -> None:
+    """It is computed in its own, and has a master where it needs one."""
+    points = [parameter(8, 3, seed=i, dtype=torch.float32) for i in range(2)]
+    wrapper = RiemannianWrapper(SGD(points, lr=0.1), Stiefel())
+    fill(points, 0)
+    wrapper.step()
+    points[which].grad = None
+    points[which].data = point(8, 3, seed=which).to(dtype)
+    fill(points, 1)
+    wrapper.step()
+    assert list(wrapper.state[points[which]]) == master
+    if dtype == torch.float64:
+        assert wrapper.residuals()[0, which] < 1e-14
+
+
 def test_a_point_whose_shape_changes_is_gathered_anew() -> None:
     p = parameter(8, 3)
     wrapper = RiemannianWrapper(SGD([p], lr=0.1), Stiefel())
