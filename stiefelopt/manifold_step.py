@@ -335,7 +335,7 @@ class ManifoldStep:
             joined = not refused and self._joint_step.enter()
             for stack in self._stacks():
                 # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
-                stack.lend([id(p) not in refused for p in stack.params], joined=joined)
+                stack.lend(refused, joined=joined)
             self._withheld = [(p, p.grad) for p in self._unpaired if p.grad is not None]
             for p, _ in self._withheld:
                 p.grad = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -180,13 +180,18 @@ class Stack:
         if self._shards is not None:
             self._shards.complete(workspace)
 
-    def lend(self, keep: Sequence[bool], *, joined: bool) -> None:
-        """Show the optimizer the converted gradients and the points: joined, where it may step all as one."""
+    def lend(self, refused: Container[int], *, joined: bool) -> None:
+        """Show the optimizer the converted gradients and the points: joined, where it may step all as one.
+
+        Args:
+            refused: ids of parameters that it is to leave alone.
+            joined: whether none is, and it may.
+        """
         self.joined = self._untouched = joined and bool(self.joints)
         if self.joined:
             self._found_grads = []
         else:
-            self._lend_gradients(keep)
+            self._lend_gradients([id(p) not in refused for p in self.params])
 
     def _lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
@@ -248,7 +253,8 @@ class Stack:
         block = None
         if self._shards is None:
             block = self._blocks.setdefault(name, Block()).of(found, self._workspace)
-        if block is not None and block.shape[1:] == self._kind[1]:
+        like = self._points.whole
+        if block is not None and (block.dtype, block.stride()) == (like.dtype, like.stride()):
             return Moments(self._tall(block), [])
         fits = all(isinstance(t, Tensor) and t.shape == self._kind[1] for t in found)
         return Moments(self.gather_tall(found), found) if fits else None

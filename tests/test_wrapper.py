@@ -749,6 +749,21 @@ def test_channels_last_kernels_move_as_contiguous_ones(inner: Callable[[Any], Op
     assert kernels[1].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_moments_of_channels_last_kernels_are_carried_as_those_of_contiguous_ones() -> None:
+    kernels = [conv_kernel(), conv_kernel(memory_format=torch.channels_last)]
+    groups = [{"params": [p], "manifold": Stiefel(transport="projection"), "view": "matrix"} for p in kernels]
+    optimizers = [RiemannianWrapper(AdamW([group], lr=0.02)) for group in groups]
+    for step in range(3):
+        fill([kernels[0]], step)
+        kernels[1].grad = kernels[0].grad
+        for optimizer in optimizers:
+            optimizer.step()
+    plain, last = (o.state[p]["exp_avg"] for o, p in zip(optimizers, kernels, strict=True))
+    torch.testing.assert_close(kernels[1], kernels[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(last, plain, rtol=0, atol=1e-12)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
 def strided(x: Tensor, how: str) -> Tensor:
     """The same numbers in another memory layout."""
     if how == "columns first":
