@@ -157,7 +157,7 @@ class Joint:
                 return None
             else:
                 found[name] = value
-        return found if all(len(state) == len(found) for state in states) else None
+        return found if set(map(len, states)) == {len(found)} else None
 
     def _parts(self, name: str, value: Any) -> list[Any]:
         """What each piece sees of a common state: its entries, a number of its own, or what is no tensor."""
