@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -404,6 +405,17 @@ def test_a_step_in_inference_mode_leaves_memory_that_later_steps_can_write_to(wh
     optimizer.optimizer.register_step_pre_hook(lambda *_: None)  # now each by itself
     train(params, optimizer, range(6, 8))
     assert max(optimizer.residuals().values()) < 1e-5
+
+
+@pytest.mark.parametrize("mine", [lambda: np.zeros(3), lambda: [torch.zeros(2)], lambda: {"a": 1}])
+def test_state_of_the_users_that_is_no_plain_value_stays_each_parameters_own(mine: Callable[[], Any]) -> None:
+    params, optimizer = squares()
+    train(params, optimizer, range(1))
+    own = [mine() for _ in params]
+    for p, value in zip(params, own, strict=True):
+        optimizer.state[p]["mine"] = value
+    train(params, optimizer, range(1, 3))
+    assert all(optimizer.state[p]["mine"] is value for p, value in zip(params, own, strict=True))
 
 
 def test_a_stack_whose_moment_is_replaced_is_joined_again() -> None:
