@@ -404,9 +404,11 @@ class ManifoldStep:
 
 
 def _coupled_decay(group: Mapping[str, Any]) -> float:
-    """The group's weight decay, unless it says that it is decoupled."""
+    """The group's weight decay, unless it says that it is decoupled, or lies on an accelerator: no look at it there."""
     decay = group.get("weight_decay", 0)
-    return 0.0 if isinstance(decay, Tensor) or group.get("decoupled_weight_decay") else decay or 0.0
+    if isinstance(decay, Tensor):
+        decay = decay.item() if decay.device.type == "cpu" and decay.numel() == 1 else 0.0
+    return 0.0 if group.get("decoupled_weight_decay") else decay or 0.0
 
 
 def _points(group: Mapping[str, Any], index: int) -> list[tuple[int, list[Tensor], Placement]]:

@@ -1270,6 +1270,13 @@ def test_restore_lets_a_failed_inner_step_change_nothing_anywhere(how: str) -> N
     assert equal(after, before)
 
 
+def test_restore_has_nothing_to_restore_where_no_parameter_is_left() -> None:
+    wrapper = RiemannianWrapper(SGD([{"params": []}], lr=0.1), nonfinite="restore")
+    for _ in range(2):
+        wrapper.step()
+    wrapper._core.undo()
+
+
 def test_restore_takes_back_the_first_step_and_a_later_one() -> None:
     model, reference = Model(), Model()
     inner = AdamW(model.groups(), lr=0.1)
@@ -1901,12 +1908,13 @@ def test_a_refused_added_group_is_not_added() -> None:
 COUPLED = ["SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD"]
 
 
+@pytest.mark.parametrize("decay", [0.1, torch.tensor(0.1)])
 @pytest.mark.parametrize("name", COUPLED)
-def test_coupled_decay_is_refused_on_a_manifold_group_only(name: str) -> None:
+def test_coupled_decay_is_refused_on_a_manifold_group_only(name: str, decay: Any) -> None:
     model = Model()
     cls = getattr(torch.optim, name)
     with pytest.raises(ConfigError, match=r"group 0 .*weight_decay=0\.1.*AdamW"):
-        RiemannianWrapper(cls(model.groups(), weight_decay=0.1))
+        RiemannianWrapper(cls(model.groups(), weight_decay=decay))
     points, free = model.groups(weight_decay=0.0)
     RiemannianWrapper(cls([points, {**free, "weight_decay": 0.1}]))
 
