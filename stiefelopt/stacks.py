@@ -97,14 +97,16 @@ class Stack:
         self.joints = self._joints() if join else []
         self.joined = self._untouched = False
         gradients = self._spaces[1]
-        self._parts = (  # what the optimizer reads, on this rank
-            gradients.own if self._dense else [torch.empty_like(t, dtype=gradients.whole.dtype) for t in here]
-        )
+        # What the optimizer reads, on this rank. Not views that torch would count the changes of together.
+        self._parts = [
+            t.data if self._dense else torch.empty_like(p, dtype=t.dtype)
+            for t, p in zip(gradients.own, here, strict=True)
+        ]
         self._grads = self._parts if shards is None else [shards.like_parameter(t) for t in self._parts]
         self._blocks: dict[str, Block] = {}
         self._found_grads: list[Tensor | None] = []
         self._own_grads: list[Tensor | None] = []
-        self._lent_versions = 0
+        self._lent_versions: list[int] = []
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
 
@@ -302,10 +304,11 @@ class Stack:
 
         That is a gradient that is not the one lent, or was written to, and a parameter that is a point again.
         """
-        found, written = [p.grad for p in self.params], self._versions() != self._lent_versions
+        found, versions = [p.grad for p in self.params], self._versions()
         self.return_gradients()
-        for p, grad, lent, kept in zip(self.params, found, self._grads, self._kept, strict=True):
-            if grad is not (lent if kept else None) or (kept and written):
+        written = [now != then for now, then in zip(versions, self._lent_versions, strict=True)]
+        for p, grad, lent, kept, new in zip(self.params, found, self._grads, self._kept, written, strict=True):
+            if grad is not (lent if kept else None) or (kept and new):
                 p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
         for p, stepped, x in zip(self.params, self._stepped, self._points.own, strict=True):
             if not self._is_set(stepped):
@@ -324,10 +327,9 @@ class Stack:
             return False
         return residual_of(self.slots[0].label, [stepped], self._placement) <= self.drift
 
-    def _versions(self) -> int:
-        """Changes whenever a lent gradient is written to; views of one workspace count together."""
-        parts = self._parts[:1] if self._dense else self._parts
-        return sum(0 if t.is_inference() else t._version for t in parts)
+    def _versions(self) -> list[int]:
+        """Changes wherever a lent gradient is written to."""
+        return [0 if t.is_inference() else t._version for t in self._parts]
 
 
 def is_flipped(p: Tensor) -> bool:

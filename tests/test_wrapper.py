@@ -1857,6 +1857,21 @@ def test_points_loaded_after_an_interrupted_step_are_kept(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_a_gradient_written_to_after_an_interrupted_step_is_kept_and_the_others_are_the_users(
+    dtype: torch.dtype,
+) -> None:
+    model, handle, _, before = interrupted(dtype)
+    written = model.points[0].grad  # one of two of its shape
+    assert written is not None
+    written.fill_(7.0)
+    handle.residuals()
+    own, *others = (p.grad for p in model.params)
+    assert own is not None
+    assert (own == 7.0).all()
+    assert equal(others, before[1][1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_computed_after_an_interrupted_step_are_kept(set_to_none: bool, dtype: torch.dtype) -> None:
     model, handle, optimizer, before = interrupted(dtype)
