@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, ne
 from typing import NamedTuple
 
 import torch
@@ -294,6 +294,13 @@ class Stack:
         pieces = self._own(flat.reshape(len(self.params), *self._shape))
         torch._foreach_copy_(self._here(tensors), list(pieces))
 
+    def put_back(self, tall: Tensor, before: Tensor, slots: Container[Slot]) -> None:
+        """Let a stack (b, n, p) be what it was before, where it belongs to these slots."""
+        pieces = zip(self.slots, tall.chunk(len(self.slots)), before.chunk(len(self.slots)), strict=True)
+        for slot, piece, old in pieces:
+            if slot in slots:
+                piece.copy_(old)
+
     def restore(self) -> None:
         """Put the parameters back to where they were when they were loaded."""
         if not self._untouched:
@@ -304,12 +311,12 @@ class Stack:
 
         That is a gradient that is not the one lent, or was written to, and a parameter that is a point again.
         """
-        found, versions = [p.grad for p in self.params], self._versions()
+        found, written = [p.grad for p in self.params], map(ne, self._versions(), self._lent_versions)
         self.return_gradients()
-        written = [now != then for now, then in zip(versions, self._lent_versions, strict=True)]
-        for p, grad, lent, kept, new in zip(self.params, found, self._grads, self._kept, written, strict=True):
-            if grad is not (lent if kept else None) or (kept and new):
-                p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
+        for p, grad, own, kept, new in zip(self.params, found, self._grads, self._kept, written, strict=True):
+            lent = own if kept else None
+            if grad is not lent or (kept and new):
+                p.grad = None if grad is None else grad.to(p.dtype, copy=grad is own)
         for p, stepped, x in zip(self.params, self._stepped, self._points.own, strict=True):
             if not self._is_set(stepped):
                 local(p).copy_(x)

@@ -1460,6 +1460,24 @@ def test_carrying_is_the_manifolds_transport_and_only_of_first_moments(key: str)
         torch.testing.assert_close(moment, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("how", ["nan", ""], ids=["displacement", "gradient"])
+def test_moments_of_a_skipped_point_are_not_carried_and_those_of_its_neighbour_are(how: str) -> None:
+    skipped, other = parameter(8, 3, seed=0), parameter(8, 3, seed=1)
+    inner = Poisoned([{"params": [skipped, other], "manifold": Stiefel(transport="projection")}], skipped, "")
+    wrapper = RiemannianWrapper(inner, nonfinite="skip")
+    fill([skipped, other], 0)
+    wrapper.step()
+    skipped.data = point(8, 3, seed=2)  # far from its moment
+    moment = wrapper.state[skipped]["momentum_buffer"].clone()
+    fill([other], 1)
+    skipped.grad = torch.zeros_like(skipped) if how else torch.full_like(skipped, math.nan)
+    inner.how = how
+    wrapper.step()
+    inner_moment = 0.9 * moment if how else moment
+    assert torch.equal(wrapper.state[skipped]["momentum_buffer"], inner_moment)
+    assert tangency(other, wrapper.state[other]["momentum_buffer"]) < 1e-13
+
+
 def test_a_caller_can_name_other_moments() -> None:
     p = parameter(8, 3)
     wrapper = RiemannianWrapper(
