@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -31,6 +31,8 @@ FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 Settings = dict[str, Any]
 # What a group says, its parameters, and which of them have a gradient.
 Signed = tuple[Settings, list[Tensor], list[bool]]
+# What refuses parameters that make no point, given their label and placement.
+Check = Callable[[object, Sequence[Tensor], Placement], None]
 
 
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> object:
@@ -108,23 +110,25 @@ class ManifoldStep:
 
     # Groups
 
-    def adopt_all(self, default: Manifold | None = None) -> None:
+    def adopt_all(self, default: Manifold | None = None, check: Check = check_point) -> None:
         """`adopt` every group; a refused one leaves the others as they were."""
         groups = self.optimizer.param_groups
         trial = [dict(group) for group in groups]
         for i, group in enumerate(trial):
-            self.adopt(group, i, default)
+            self.adopt(group, i, default, check)
         for group, checked in zip(groups, trial, strict=True):
             group.update(settings_of(checked))
 
-    def adopt(self, group: dict[str, Any], index: int, default: Manifold | None = None) -> None:
+    def adopt(
+        self, group: dict[str, Any], index: int, default: Manifold | None = None, check: Check = check_point
+    ) -> None:
         """Check one group and store its manifold keys as plain strings and numbers."""
         if default is not None:
             _check_default(group, index)
             group.setdefault("manifold", default)
         points = _points(group, index)
         for i, params, placement in points:
-            check_point(label_of(group, index, i), params, placement)
+            check(label_of(group, index, i), params, placement)
         if points:
             self._check_decay(group, index)
             self._check_state(points, index)
@@ -231,7 +235,7 @@ class ManifoldStep:
     def _current_buckets(self) -> list[Bucket]:
         """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""
         if self._signature is None or not _same(self._sign(), self._signature):
-            self.adopt_all()
+            self.adopt_all(check=_check_present)
             points = [point for point in self.points() if all(s.p.numel() for s in point)]
             whole = [point for point in points if _has_gradients(point)]
             _check_gradients([slot for point in whole for slot in point])
@@ -455,6 +459,12 @@ def _same(now: Sequence[Signed], then: Sequence[Signed]) -> bool:
         and all(map(is_, p, q))  # as many parameters, if as many are said to have gradients
         for (a, p, some), (b, q, others) in zip(now, then, strict=True)
     )
+
+
+def _check_present(label: object, params: Sequence[Tensor], placement: Placement) -> None:
+    """`check_point` between steps, when a frozen parameter may be offloaded, an empty tensor in its place."""
+    if any(p.numel() or p.grad is not None for p in params):
+        check_point(label, params, placement)
 
 
 def _has_gradients(point: Sequence[Slot]) -> bool:

@@ -1052,6 +1052,25 @@ def test_a_model_turned_to_half_precision_goes_on_there() -> None:
     assert max(wrapper.residuals().values()) < 2**-6
 
 
+def test_a_frozen_point_may_be_offloaded_and_back_but_not_from_the_start() -> None:
+    points = [parameter(8, 3, seed=i) for i in range(2)]
+    wrapper = RiemannianWrapper(SGD(points, lr=0.1), Stiefel())
+    fill(points, 0)
+    wrapper.step()
+    values, before = points[1].data, points[1].detach().clone()
+    points[1].grad = None
+    points[1].data = torch.empty(0, dtype=torch.float64)
+    wrapper.step()
+    with pytest.raises(ShapeError, match=r"shape \(0,\)"):
+        RiemannianWrapper(SGD(points, lr=0.1), Stiefel())
+    points[1].data = values
+    assert torch.equal(points[1], before)
+    fill(points, 1)
+    wrapper.step()
+    assert not torch.equal(points[1], before)
+    assert max(wrapper.residuals().values()) < 1e-14
+
+
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize(("dtype", "master"), [(torch.float64, []), (torch.bfloat16, ["master"])], ids=str)
 def test_one_of_two_stacked_points_changes_its_dtype(
