@@ -67,6 +67,8 @@ class Bucket:
         entries = max(math.prod(x.shape[1:]) for x in self.xs) * (1 if over is None else over.ranks)
         self._reach = largest**0.5 / (4 * max(1, entries) ** 0.5)
         heads = self.xs[:: self._parts]
+        # What the host has found not finite in this step.
+        self._bad: list[Slot] = []
         self._fine = torch.ones(sum(map(len, heads)), dtype=torch.bool, device=heads[0].device)
         # How often each point was left where it was; made here, so that a captured graph does not reset it.
         self.left = torch.zeros_like(self._fine, dtype=torch.int32)
@@ -90,8 +92,9 @@ class Bucket:
         for stack in self.stacks:
             stack.load()
         small = self._make_riemannian(self.work)
+        self._bad = self._non_finite(small) if self.looks else []
         if self.looks:
-            return self._non_finite(small)
+            return self._bad
         self._fine = self._within(small)
         for stack, fine in self._by_stack(self._fine):
             stack.work.masked_fill_(~fine, 0)
@@ -208,6 +211,7 @@ class Bucket:
                 stack.load_moved()
                 stack.reset_moved([i for i, slot in enumerate(stack.slots) if slot in bad])
             overlap = self._overlap()
+            self._bad = self._bad + bad
         if self._placement.needs_rate:
             overlap = self._directed(overlap)
         scales = [s.scale for s in self.stacks]
@@ -278,7 +282,10 @@ class Bucket:
             )
 
     def _carry(self, carry: Carry | None, names: Sequence[str]) -> None:
-        """Carry the optimizer's moments of these names to the new points, which are in the work space."""
+        """Carry the optimizer's moments of these names to the new points, which are in the work space.
+
+        Those of points that the host has left alone stay.
+        """
         if carry is None:
             return
         for name in names:
@@ -290,9 +297,13 @@ class Bucket:
                 continue
             moments = [m for i in index if (m := found[i]) is not None]
             ys = [self.stacks[i].work for i in index]
-            for i, m, v in zip(index, moments, carry(index, ys, [m.tall for m in moments]), strict=True):
+            before = [m.tall.clone() for m in moments] if self._bad else []
+            for m, v in zip(moments, carry(index, ys, [m.tall for m in moments]), strict=True):
                 if v is not m.tall:
                     m.tall.copy_(v)
+            for i, m, old in zip(index, moments, before, strict=False):
+                self.stacks[i].put_back(m.tall, old, self._bad)
+            for i, m in zip(index, moments, strict=True):
                 if m.tensors:
                     self.stacks[i].scatter_tall(m.tall, m.tensors)
 

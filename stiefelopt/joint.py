@@ -32,6 +32,8 @@ ELEMENTWISE = frozenset(
 PIECE_BYTES = 2**19
 # Pieces from which on a single parameter is cut: its temporaries would not stay with the allocator.
 LARGE = 8
+# State of these types is the same where it is equal.
+_PLAIN = (bool, int, float, str)
 
 
 def _piece_length(like: Tensor) -> int:
@@ -59,6 +61,11 @@ def saves_time(params: Sequence[Tensor]) -> bool:
     """Whether several of these make a piece, or one makes many; between these torch's loop serves as well."""
     count, length = params[0].numel(), _piece_length(params[0])
     return (len(params) > 1 and 2 * count <= length) or count >= LARGE * length
+
+
+def _stands_for(a: object, b: object) -> bool:
+    """Whether two values are one, or plain and equal; comparing others (arrays, lists) might say anything."""
+    return a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b)
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -153,11 +160,11 @@ class Joint:
                 if whole is None:
                     return None
                 found[name] = whole
-            elif any(isinstance(v, Tensor) or v != value for v in values):
+            elif not all(_stands_for(value, v) for v in values):
                 return None
             else:
                 found[name] = value
-        return found if all(len(state) == len(found) for state in states) else None
+        return found if set(map(len, states)) == {len(found)} else None
 
     def _parts(self, name: str, value: Any) -> list[Any]:
         """What each piece sees of a common state: its entries, a number of its own, or what is no tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -40,6 +40,10 @@ _COUPLED = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 Settings = dict[str, Any]
+# What a group says, its parameters, and which of them have a gradient.
+Signed = tuple[Settings, list[Tensor], list[bool]]
+# What refuses parameters that make no point, given their label and placement.
+Check = Callable[[object, Sequence[Tensor], Placement], None]
 
 
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> object:
@@ -113,23 +117,25 @@ class ManifoldStep:
         self._alarm = Alarm()
         self._unpaired: list[Tensor] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        self._signature: list[tuple[Settings, list[Tensor]]] | None = None
+        self._signature: list[Signed] | None = None
         self._built_for: list[object] = []
         # A compiled step is the inner optimizer's: ours looks at its data, which breaks it into a hundred graphs.
         self._untraced = tuple(map(torch.compiler.disable, (ManifoldStep._before, ManifoldStep._after)))
 
     # Groups
 
-    def adopt_all(self, default: Manifold | None = None) -> None:
+    def adopt_all(self, default: Manifold | None = None, check: Check = check_point) -> None:
         """`adopt` every group; a refused one leaves the others as they were."""
         groups = self.optimizer.param_groups
         trial = [dict(group) for group in groups]
         for i, group in enumerate(trial):
-            self.adopt(group, i, default)
+            self.adopt(group, i, default, check)
         for group, checked in zip(groups, trial, strict=True):
             group.update(settings_of(checked))
 
-    def adopt(self, group: dict[str, Any], index: int, default: Manifold | None = None) -> None:
+    def adopt(
+        self, group: dict[str, Any], index: int, default: Manifold | None = None, check: Check = check_point
+    ) -> None:
         """Check one group and store its manifold keys as plain strings and numbers."""
         if "manifold" not in group:
             _check_unnamed(group, index, default)
@@ -137,7 +143,7 @@ class ManifoldStep:
             group.setdefault("manifold", default)
         points = _points(group, index)
         for i, params, placement in points:
-            check_point(label_of(group, index, i), params, placement)
+            check(label_of(group, index, i), params, placement)
         if points:
             self._check_decay(group, index)
             self._check_state(points, index)
@@ -275,7 +281,7 @@ class ManifoldStep:
     def _current_buckets(self) -> list[Bucket]:
         """The buckets of this step's parameters, made anew whenever groups, parameters or gradients changed."""
         if self._signature is None or not _same(self._sign(), self._signature):
-            self.adopt_all()
+            self.adopt_all(check=_check_present)
             points = self.stepped_points()
             self.lower_states(points)
             whole = [point for point in points if _has_gradients(point)]
@@ -300,8 +306,11 @@ class ManifoldStep:
     def _stacks(self) -> Iterator[Stack]:
         return (stack for bucket in self._buckets for stack in bucket.stacks)
 
-    def _sign(self) -> list[tuple[Settings, list[Tensor]]]:
-        """What was checked, and what the buckets were made from. Shapes and dtypes show when they are gathered."""
+    def _sign(self) -> list[Signed]:
+        """What was checked, and what the buckets were made from. Shapes and dtypes show when they are gathered.
+
+        Parameters without a gradient too: the lists that the optimizer is lent and what is withheld name them.
+        """
         return [
             (
                 # The index: slots and joints know their group by it. A decay that may be refused; what is decoupled
@@ -311,7 +320,8 @@ class ManifoldStep:
                     "index": i,
                     "weight_decay": self._couples_decay and _coupled_decay(group),
                 },
-                [p for p in group["params"] if p.grad is not None],
+                list(group["params"]),
+                [p.grad is not None for p in group["params"]],
             )
             for i, group in enumerate(self.optimizer.param_groups)
             if group.get("manifold") is not None or any(map(may_carry, group["params"]))
@@ -385,7 +395,7 @@ class ManifoldStep:
             joined = not (refused or compiling) and self._joint_step.enter()
             for stack in self._stacks():
                 # Without a gradient the optimizer leaves the parameter alone, and a zero displacement moves no bit.
-                stack.lend([id(p) not in refused for p in stack.params], joined=joined)
+                stack.lend(refused, joined=joined)
             self._withheld = [(p, p.grad) for p in self._unpaired if p.grad is not None]
             for p, _ in self._withheld:
                 p.grad = None
@@ -457,9 +467,11 @@ class ManifoldStep:
 
 
 def _coupled_decay(group: Mapping[str, Any]) -> float:
-    """The group's weight decay, unless it says that it is decoupled."""
+    """The group's weight decay, unless it says that it is decoupled, or lies on an accelerator: no look at it there."""
     decay = group.get("weight_decay", 0)
-    return 0.0 if isinstance(decay, Tensor) or group.get("decoupled_weight_decay") else decay or 0.0
+    if isinstance(decay, Tensor):
+        decay = decay.item() if decay.device.type == "cpu" and decay.numel() == 1 else 0.0
+    return 0.0 if group.get("decoupled_weight_decay") else decay or 0.0
 
 
 def _forgets_start(placement: Placement) -> bool:
@@ -503,16 +515,23 @@ def _check_unnamed(group: Mapping[str, Any], index: int, default: Manifold | Non
             )
 
 
-def _same(
-    now: Sequence[tuple[Settings, list[Tensor]]], then: Sequence[tuple[Settings, list[Tensor]]]
-) -> bool:
+def _same(now: Sequence[Signed], then: Sequence[Signed]) -> bool:
     return len(now) == len(then) and all(
-        a == b and len(p) == len(q) and all(map(is_, p, q)) for (a, p), (b, q) in zip(now, then, strict=True)
+        a == b
+        and some == others
+        and all(map(is_, p, q))  # as many parameters, if as many are said to have gradients
+        for (a, p, some), (b, q, others) in zip(now, then, strict=True)
     )
 
 
 def _kind(t: Tensor) -> object:
     return type(t), t.layout, t.dtype, t.shape, t.device
+
+
+def _check_present(label: object, params: Sequence[Tensor], placement: Placement) -> None:
+    """`check_point` between steps, when a frozen parameter may be offloaded, an empty tensor in its place."""
+    if any(p.numel() or p.grad is not None for p in params):
+        check_point(label, params, placement)
 
 
 def _has_gradients(point: Sequence[Slot]) -> bool:

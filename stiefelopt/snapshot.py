@@ -38,13 +38,13 @@ class Snapshot:
             for a, b, c in zip(tensors, self._tensors, self._copies, strict=True)
         )
         if same:
-            torch._foreach_copy_(self._copies, [local(t) for t in tensors])
+            _copy(self._copies, [local(t) for t in tensors])
         else:
             self._tensors, self._copies = tensors, [local(t).detach().clone() for t in tensors]
 
     def put_back(self) -> None:
         """Let everything be what it was."""
-        torch._foreach_copy_([local(t).detach() for t in self._tensors], self._copies)
+        _copy([local(t).detach() for t in self._tensors], self._copies)
         state = self._optimizer.state
         for p in list(state):
             if p not in self._state:
@@ -53,6 +53,11 @@ class Snapshot:
             state[p] = dict(kept)
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
             group.update(settings)
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:  # torch refuses none
+        torch._foreach_copy_(targets, sources)
 
 
 def _kept(found: dict[Any, Any]) -> dict[Any, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter, ne
 from typing import NamedTuple
 
 import torch
@@ -96,14 +97,16 @@ class Stack:
         self.joints = self._joints() if join else []
         self.joined = self._untouched = False
         gradients = self._spaces[1]
-        self._parts = (  # what the optimizer reads, on this rank
-            gradients.own if self._dense else [torch.empty_like(t, dtype=gradients.whole.dtype) for t in here]
-        )
+        # What the optimizer reads, on this rank. Not views that torch would count the changes of together.
+        self._parts = [
+            t.data if self._dense else torch.empty_like(p, dtype=t.dtype)
+            for t, p in zip(gradients.own, here, strict=True)
+        ]
         self._grads = self._parts if shards is None else [shards.like_parameter(t) for t in self._parts]
         self._blocks: dict[str, Block] = {}
         self._found_grads: list[Tensor | None] = []
         self._own_grads: list[Tensor | None] = []
-        self._lent_versions = 0
+        self._lent_versions: list[int] = []
         self._seen: Sequence[Tensor] = self.params  # by the optimizer
         self._stepped: Sequence[Tensor] = self.params
         self._kept: Sequence[bool] = []
@@ -156,7 +159,9 @@ class Stack:
 
     def load(self) -> None:
         """Copy points and gradients in; RuntimeError where a parameter is no longer what it was."""
-        if (self.params[0].dtype, self.params[0].shape) != self._kind:
+        # Stacking refuses shapes that differ, but casts a dtype that does in silence.
+        dtype, shape = self._kind
+        if self.params[0].shape != shape or set(map(attrgetter("dtype"), self.params)) != {dtype}:
             raise RuntimeError("the parameters' dtype or shape has changed")
         self._points, self._work = self._spaces
         self._gather(self._masters.values() if self._masters else self.params, self._points.whole)
@@ -178,13 +183,18 @@ class Stack:
         if self._shards is not None:
             self._shards.complete(workspace)
 
-    def lend(self, keep: Sequence[bool], *, joined: bool) -> None:
-        """Show the optimizer the converted gradients and the points: joined, where it may step all as one."""
+    def lend(self, refused: Container[int], *, joined: bool) -> None:
+        """Show the optimizer the converted gradients and the points: joined, where it may step all as one.
+
+        Args:
+            refused: ids of parameters that it is to leave alone.
+            joined: whether none is, and it may.
+        """
         self.joined = self._untouched = joined and bool(self.joints)
         if self.joined:
             self._found_grads = []
         else:
-            self._lend_gradients(keep)
+            self._lend_gradients([id(p) not in refused for p in self.params])
 
     def _lend_gradients(self, keep: Sequence[bool]) -> None:
         """Put the converted gradients where the optimizer reads; None where not to be kept."""
@@ -247,7 +257,8 @@ class Stack:
         block = None
         if self._shards is None:
             block = self._blocks.setdefault(name, Block()).of(found, self._workspace)
-        if block is not None and block.shape[1:] == self._kind[1]:
+        like = self._points.whole
+        if block is not None and (block.dtype, block.stride()) == (like.dtype, like.stride()):
             return Moments(self._tall(block), [])
         fits = all(isinstance(t, Tensor) and t.shape == self._kind[1] for t in found)
         return Moments(self.gather_tall(found), found) if fits else None
@@ -285,6 +296,13 @@ class Stack:
         pieces = self._own(flat.reshape(len(self.params), *self._shape))
         torch._foreach_copy_(self._here(tensors), list(pieces))
 
+    def put_back(self, tall: Tensor, before: Tensor, slots: Container[Slot]) -> None:
+        """Let a stack (b, n, p) be what it was before, where it belongs to these slots."""
+        pieces = zip(self.slots, tall.chunk(len(self.slots)), before.chunk(len(self.slots)), strict=True)
+        for slot, piece, old in pieces:
+            if slot in slots:
+                piece.copy_(old)
+
     def restore(self) -> None:
         """Put the parameters back to where they were when they were loaded."""
         if not self._untouched:
@@ -296,11 +314,12 @@ class Stack:
         That is a gradient that is not the one lent, or was written to, and a parameter that is a point again.
         """
         found = [q.grad if p.grad is None else p.grad for p, q in zip(self.params, self._seen, strict=True)]
-        written = self._versions() != self._lent_versions
+        written = list(map(ne, self._versions(), self._lent_versions))
         self.return_gradients()
-        for p, grad, lent, kept in zip(self.params, found, self._grads, self._kept, strict=True):
-            if grad is not (lent if kept else None) or (kept and written):
-                p.grad = None if grad is None else grad.to(p.dtype, copy=grad is lent)
+        for p, grad, own, kept, new in zip(self.params, found, self._grads, self._kept, written, strict=True):
+            lent = own if kept else None
+            if grad is not lent or (kept and new):
+                p.grad = None if grad is None else grad.to(p.dtype, copy=grad is own)
         for p, x in zip(self.params, self._points.own, strict=True):
             if not (self._masters or self._is_set(p)):  # half precision was not stepped itself
                 local(p).copy_(x)
@@ -313,10 +332,9 @@ class Stack:
             return False
         return residual_of(self.slots[0].label, [p], self._placement) <= self.drift
 
-    def _versions(self) -> int:
-        """Changes whenever a lent gradient is written to; views of one workspace count together."""
-        parts = self._parts[:1] if self._dense else self._parts
-        return sum(0 if t.is_inference() else t._version for t in parts)
+    def _versions(self) -> list[int]:
+        """Changes wherever a lent gradient is written to."""
+        return [0 if t.is_inference() else t._version for t in self._parts]
 
 
 def is_flipped(p: Tensor) -> bool:

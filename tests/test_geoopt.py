@@ -416,6 +416,24 @@ def test_one_group_of_all_parameters() -> None:
         RiemannianWrapper(torch.optim.Adam(net.parameters(), weight_decay=0.1))
 
 
+def test_a_plain_parameter_that_leaves_the_group_of_points_is_stepped_where_it_is() -> None:
+    """Not by the list of the points' stacks, which was made while it had no gradient."""
+    points = [parameter("EuclideanStiefel") for _ in range(2)]
+    plain, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    groups: list[dict[str, Any]] = [{"params": [*points, plain]}, {"params": [other], "lr": 0.01}]
+    optimizer = RiemannianWrapper(torch.optim.SGD(groups, lr=0.1))
+    for p in points:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    plain.grad = torch.ones(2)
+    optimizer.step()
+    assert not plain.any()
+    optimizer.param_groups[1]["params"].append(plain)
+    optimizer.step()
+    assert torch.equal(plain, torch.full((2,), -0.01))
+
+
 def test_a_group_that_names_a_manifold_wins() -> None:
     p = parameter("EuclideanStiefel")
     optimizer = RiemannianWrapper(torch.optim.SGD([{"params": [p], "manifold": Stiefel()}], lr=0.1))

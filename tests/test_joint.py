@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -354,6 +355,75 @@ def test_state_that_somebody_else_holds_a_view_of_stays_where_it_is() -> None:
     block.dissolve()
     whole += 1
     assert same(own, [v + 1 for v in values])
+
+
+def squares(cls: Any = torch.optim.AdamW, **options: Any) -> tuple[list[nn.Parameter], Any]:
+    g = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(Stiefel().random_point(4, 4, generator=g)) for _ in range(3)]
+    return params, wrapped_alone(params, cls, options)
+
+
+@pytest.mark.parametrize("how", ["t_", "data", "copy_"])
+def test_a_moment_transposed_where_it_lies_is_seen(how: str, apart: Callable[[bool], None]) -> None:
+    runs = []
+    for off in (False, True):
+        apart(off)
+        params, optimizer = squares(torch.optim.SGD, momentum=0.9)
+        train(params, optimizer, range(2))
+        moment = optimizer.state[params[1]]["momentum_buffer"]
+        if how == "t_":
+            moment.t_()
+        elif how == "data":
+            moment.data = moment.data.mT
+        else:
+            moment.copy_(moment.mT.clone())
+        train(params, optimizer, range(2, 4))
+        runs.append(params)
+    assert same(*runs)
+
+
+def test_moments_in_memory_shared_with_other_processes_stay_there() -> None:
+    params, optimizer = squares()
+    seen = {}
+    for k in range(4):
+        if k in (1, 3):  # made by the optimizer, then moved by us
+            optimizer.state[params[0]]["exp_avg"].share_memory_()
+            seen = {p: optimizer.state[p]["exp_avg"].view(-1) for p in params[:1]}
+        train(params, optimizer, range(k, k + 1), without=2 if k == 3 else None)
+        for p, view in seen.items():
+            assert optimizer.state[p]["exp_avg"].is_shared()
+            assert torch.equal(view.view(4, 4), optimizer.state[p]["exp_avg"])
+
+
+@pytest.mark.parametrize("what", ["moments moved", "stacks made anew"])
+def test_a_step_in_inference_mode_leaves_memory_that_later_steps_can_write_to(what: str) -> None:
+    params, optimizer = squares()
+    at = 1 if what == "moments moved" else 3
+    for k in range(6):
+        with torch.inference_mode(k == at):
+            train(params, optimizer, range(k, k + 1), without=0 if k == 3 else None)
+    optimizer.optimizer.register_step_pre_hook(lambda *_: None)  # now each by itself
+    train(params, optimizer, range(6, 8))
+    assert max(optimizer.residuals().values()) < 1e-5
+
+
+@pytest.mark.parametrize("mine", [lambda: np.zeros(3), lambda: [torch.zeros(2)], lambda: {"a": 1}])
+def test_state_of_the_users_that_is_no_plain_value_stays_each_parameters_own(mine: Callable[[], Any]) -> None:
+    params, optimizer = squares()
+    train(params, optimizer, range(1))
+    own = [mine() for _ in params]
+    for p, value in zip(params, own, strict=True):
+        optimizer.state[p]["mine"] = value
+    train(params, optimizer, range(1, 3))
+    assert all(optimizer.state[p]["mine"] is value for p, value in zip(params, own, strict=True))
+
+
+def test_a_stack_whose_moment_is_replaced_is_joined_again() -> None:
+    params, optimizer = squares()
+    train(params, optimizer, range(2))
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros_like(params[1])
+    train(params, optimizer, range(2, 4))
+    assert is_joined(optimizer)
 
 
 def changed_groups(params: list[nn.Parameter], how: str, optimizer: Any, extra: nn.Parameter) -> None:

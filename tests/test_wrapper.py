@@ -751,6 +751,21 @@ def test_channels_last_kernels_move_as_contiguous_ones(inner: Callable[[Any], Op
     assert kernels[1].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_moments_of_channels_last_kernels_are_carried_as_those_of_contiguous_ones() -> None:
+    kernels = [conv_kernel(), conv_kernel(memory_format=torch.channels_last)]
+    groups = [{"params": [p], "manifold": Stiefel(transport="projection"), "view": "matrix"} for p in kernels]
+    optimizers = [RiemannianWrapper(AdamW([group], lr=0.02)) for group in groups]
+    for step in range(3):
+        fill([kernels[0]], step)
+        kernels[1].grad = kernels[0].grad
+        for optimizer in optimizers:
+            optimizer.step()
+    plain, last = (o.state[p]["exp_avg"] for o, p in zip(optimizers, kernels, strict=True))
+    torch.testing.assert_close(kernels[1], kernels[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(last, plain, rtol=0, atol=1e-12)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
 def strided(x: Tensor, how: str) -> Tensor:
     """The same numbers in another memory layout."""
     if how == "columns first":
@@ -916,6 +931,22 @@ def test_frozen_parameters_stay() -> None:
     assert not torch.equal(model.points[0], before)
 
 
+@pytest.mark.parametrize("wrap", [RiemannianWrapper, attach], ids=["wrapper", "attach"])
+def test_a_frozen_parameter_that_moves_to_another_group_is_stepped_as_there(wrap: Wrap) -> None:
+    model = Model()
+    inner = SGD(model.groups(), lr=0.1)
+    wrapper = wrap(inner)
+    stepping = wrapper if wrap is RiemannianWrapper else inner
+    model.set_gradients(0)
+    model.points[2].grad = None
+    stepping.step()
+    moved = inner.param_groups[0]["params"].pop(2)
+    inner.param_groups[1]["params"].append(moved)
+    moved.grad, before = torch.ones_like(moved), moved.detach().clone()
+    stepping.step()
+    assert torch.equal(moved, before - 0.1)
+
+
 def test_a_parameter_shared_between_modules_is_stepped_once() -> None:
     first, second = nn.Linear(3, 8, bias=False).double(), nn.Linear(3, 8, bias=False).double()
     constrain(first, "weight", Stiefel())
@@ -1021,6 +1052,44 @@ def test_a_model_turned_to_half_precision_goes_on_there() -> None:
     assert module.weight.grad is own
     assert module.weight.dtype == torch.bfloat16
     assert max(wrapper.residuals().values()) < 2**-6
+
+
+def test_a_frozen_point_may_be_offloaded_and_back_but_not_from_the_start() -> None:
+    points = [parameter(8, 3, seed=i) for i in range(2)]
+    wrapper = RiemannianWrapper(SGD(points, lr=0.1), Stiefel())
+    fill(points, 0)
+    wrapper.step()
+    values, before = points[1].data, points[1].detach().clone()
+    points[1].grad = None
+    points[1].data = torch.empty(0, dtype=torch.float64)
+    wrapper.step()
+    with pytest.raises(ShapeError, match=r"shape \(0,\)"):
+        RiemannianWrapper(SGD(points, lr=0.1), Stiefel())
+    points[1].data = values
+    assert torch.equal(points[1], before)
+    fill(points, 1)
+    wrapper.step()
+    assert not torch.equal(points[1], before)
+    assert max(wrapper.residuals().values()) < 1e-14
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("dtype", "master"), [(torch.float64, []), (torch.bfloat16, ["master"])], ids=str)
+def test_one_of_two_stacked_points_changes_its_dtype(
+    which: int, dtype: torch.dtype, master: list[str]
+) -> None:
+    """It is computed in its own, and has a master where it needs one."""
+    points = [parameter(8, 3, seed=i, dtype=torch.float32) for i in range(2)]
+    wrapper = RiemannianWrapper(SGD(points, lr=0.1), Stiefel())
+    fill(points, 0)
+    wrapper.step()
+    points[which].grad = None
+    points[which].data = point(8, 3, seed=which).to(dtype)
+    fill(points, 1)
+    wrapper.step()
+    assert list(wrapper.state[points[which]]) == master
+    if dtype == torch.float64:
+        assert wrapper.residuals()[0, which] < 1e-14
 
 
 def test_a_point_whose_shape_changes_is_gathered_anew() -> None:
@@ -1222,6 +1291,13 @@ def test_restore_lets_a_failed_inner_step_change_nothing_anywhere(how: str) -> N
     assert equal(after, before)
 
 
+def test_restore_has_nothing_to_restore_where_no_parameter_is_left() -> None:
+    wrapper = RiemannianWrapper(SGD([{"params": []}], lr=0.1), nonfinite="restore")
+    for _ in range(2):
+        wrapper.step()
+    wrapper._core.undo()
+
+
 def test_restore_takes_back_the_first_step_and_a_later_one() -> None:
     model, reference = Model(), Model()
     inner = AdamW(model.groups(), lr=0.1)
@@ -1403,6 +1479,24 @@ def test_carrying_is_the_manifolds_transport_and_only_of_first_moments(key: str)
         if name == key:
             expected = manifold.transport_vector(x, y - x, y, expected)
         torch.testing.assert_close(moment, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["nan", ""], ids=["displacement", "gradient"])
+def test_moments_of_a_skipped_point_are_not_carried_and_those_of_its_neighbour_are(how: str) -> None:
+    skipped, other = parameter(8, 3, seed=0), parameter(8, 3, seed=1)
+    inner = Poisoned([{"params": [skipped, other], "manifold": Stiefel(transport="projection")}], skipped, "")
+    wrapper = RiemannianWrapper(inner, nonfinite="skip")
+    fill([skipped, other], 0)
+    wrapper.step()
+    skipped.data = point(8, 3, seed=2)  # far from its moment
+    moment = wrapper.state[skipped]["momentum_buffer"].clone()
+    fill([other], 1)
+    skipped.grad = torch.zeros_like(skipped) if how else torch.full_like(skipped, math.nan)
+    inner.how = how
+    wrapper.step()
+    inner_moment = 0.9 * moment if how else moment
+    assert torch.equal(wrapper.state[skipped]["momentum_buffer"], inner_moment)
+    assert tangency(other, wrapper.state[other]["momentum_buffer"]) < 1e-13
 
 
 def test_a_caller_can_name_other_moments() -> None:
@@ -1924,6 +2018,21 @@ def test_points_loaded_after_an_interrupted_step_are_kept(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_a_gradient_written_to_after_an_interrupted_step_is_kept_and_the_others_are_the_users(
+    dtype: torch.dtype,
+) -> None:
+    model, handle, _, before = interrupted(dtype)
+    written = model.points[0].grad  # one of two of its shape
+    assert written is not None
+    written.fill_(7.0)
+    handle.residuals()
+    own, *others = (p.grad for p in model.params)
+    assert own is not None
+    assert (own == 7.0).all()
+    assert equal(others, before[1][1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_computed_after_an_interrupted_step_are_kept(set_to_none: bool, dtype: torch.dtype) -> None:
     model, handle, optimizer, before = interrupted(dtype)
@@ -1975,12 +2084,13 @@ def test_a_refused_added_group_is_not_added() -> None:
 COUPLED = ["SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD"]
 
 
+@pytest.mark.parametrize("decay", [0.1, torch.tensor(0.1)])
 @pytest.mark.parametrize("name", COUPLED)
-def test_coupled_decay_is_refused_on_a_manifold_group_only(name: str) -> None:
+def test_coupled_decay_is_refused_on_a_manifold_group_only(name: str, decay: Any) -> None:
     model = Model()
     cls = getattr(torch.optim, name)
     with pytest.raises(ConfigError, match=r"group 0 .*weight_decay=0\.1.*AdamW"):
-        RiemannianWrapper(cls(model.groups(), weight_decay=0.1))
+        RiemannianWrapper(cls(model.groups(), weight_decay=decay))
     points, free = model.groups(weight_decay=0.0)
     RiemannianWrapper(cls([points, {**free, "weight_decay": 0.1}]))
 
