@@ -156,6 +156,10 @@ class Bucket:
         """Count anew."""
         self.left.zero_()
 
+    def _out_of_reach(self) -> list[Slot]:
+        """The slots of points that moved to NaN, or so far that their Grams overflow."""
+        return self._slots((~(self._sums(self.work, largest_entries) <= self._reach)).int())
+
     def _reset_unfit(self) -> None:
         """Where the host does not look: let points that moved to NaN, or too far, not have moved."""
         self._fine = self._fine & (self._sums(self.work, largest_entries) <= self._reach)
@@ -187,11 +191,11 @@ class Bucket:
         """Bring the parameters from where the inner optimizer left them back to the manifold.
 
         Args:
-            skip_bad: leave a point alone whose displacement is not finite.
+            skip_bad: leave a point alone whose displacement is not finite, or too long for its squares.
             moments: names of first moments in the optimizer's state, carried along where the manifold says so.
 
         Returns:
-            The slots whose displacement was not finite and that were left where they are.
+            The slots that were left where they are for that.
 
         Raises:
             StepError: a displacement is not finite, or cannot be retracted.
@@ -204,6 +208,8 @@ class Bucket:
             self._reset_unfit()
         overlap = self._overlap()
         bad = self._non_finite(overlap) if self.looks else []
+        if self.looks and skip_bad:
+            bad += [slot for slot in self._out_of_reach() if slot not in bad]
         if bad:
             if not skip_bad:
                 raise StepError(f"the inner optimizer moved {bad[0].label!r} to NaN or Inf")

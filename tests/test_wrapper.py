@@ -2461,3 +2461,15 @@ def test_attach_refuses_what_a_wrapper_holds_and_empty_points_have_no_residual()
         SGD([{"params": [nn.Parameter(torch.zeros(0, 6, 3))], "view": "batch"}]), Stiefel()
     )
     assert empty.residuals() == {(0, 0): 0.0}
+
+
+def test_skip_leaves_alone_what_moved_too_far_for_its_squares() -> None:
+    """A finite displacement, whose Gram is not: the other points are stepped."""
+    ps = [parameter(8, 3, dtype=torch.float32) for _ in range(2)]
+    starts = [p.detach().clone() for p in ps]
+    wrapper = RiemannianWrapper(SGD(ps, lr=1.0), Stiefel(), nonfinite="skip")
+    ps[0].grad, ps[1].grad = torch.full((8, 3), 0.1), torch.randn(8, 3) * 1e19
+    wrapper.step()
+    assert torch.equal(ps[1].detach(), starts[1])
+    assert not torch.equal(ps[0].detach(), starts[0])
+    assert wrapper.diagnostics()["skipped"] == 1
