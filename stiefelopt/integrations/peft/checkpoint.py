@@ -8,7 +8,7 @@ from torch import nn
 
 from ...errors import ConfigError, UnknownNameError
 from ...layers.adapt import plainly_named
-from ...layers.lora import Parts
+from ...layers.lora_parts import Parts
 from .layer import AdaptedLinear
 from .registration import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftModel
 

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...layers import LowRankLinear, RiemannLoRALinear, StelLALinear
 from ...layers import riemann_lora as riemann_layer
 from ...layers import stella as stella_layer
-from ...layers.lora import exact_targets, rank_patterns
+from ...layers.lora_export import exact_targets, rank_patterns
 from ...layers.low_rank import as_rank, check_scaling
 from ...layers.shared import SharedBase
 from .registration import Method, PeftConfig, get_peft_model

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any
 
 from ...errors import ConfigError
-from ...layers.lora import READERS, Reader
+from ...layers.lora_parts import READERS, Reader
 
 TESTED = "0.21"  # the PEFT series that the tests have run with
 _WAY_OUT = f"stiefelopt's tuners are tested with peft {TESTED}: pip install 'peft=={TESTED}.*'"
