@@ -124,7 +124,7 @@ class ManifoldStep:
 
     # Groups
 
-    def adopt_all(self, default: Manifold | None = None, check: Check = check_point) -> None:
+    def adopt_all(self, default: Manifold | None = None, check: Check | None = None) -> None:
         """`adopt` every group; a refused one leaves the others as they were."""
         groups = self.optimizer.param_groups
         trial = [dict(group) for group in groups]
@@ -134,7 +134,7 @@ class ManifoldStep:
             group.update(settings_of(checked))
 
     def adopt(
-        self, group: dict[str, Any], index: int, default: Manifold | None = None, check: Check = check_point
+        self, group: dict[str, Any], index: int, default: Manifold | None = None, check: Check | None = None
     ) -> None:
         """Check one group and store its manifold keys as plain strings and numbers."""
         if "manifold" not in group:
@@ -143,7 +143,7 @@ class ManifoldStep:
             group.setdefault("manifold", default)
         points = _points(group, index)
         for i, params, placement in points:
-            check(label_of(group, index, i), params, placement)
+            (check or check_point)(label_of(group, index, i), params, placement)
         if points:
             self._check_decay(group, index)
             self._check_state(points, index)

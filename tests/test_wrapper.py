@@ -2023,8 +2023,12 @@ def test_a_gradient_written_to_after_an_interrupted_step_is_kept_and_the_others_
 ) -> None:
     model, handle, _, before = interrupted(dtype)
     written = model.points[0].grad  # one of two of its shape
-    assert written is not None
-    written.fill_(7.0)
+    if dtype == torch.bfloat16:  # what was stepped was a stand-in in float32
+        assert written is None
+        model.points[0].grad = torch.full_like(model.points[0], 7.0)
+    else:
+        assert written is not None
+        written.fill_(7.0)
     handle.residuals()
     own, *others = (p.grad for p in model.params)
     assert own is not None
