@@ -23,8 +23,9 @@ Reduce = Callable[[Tensor], Tensor]
 # wide: 0.7 to 0.9 of the whole product, see benchmarks/NOTES.md.
 BLOCK, LONE_BLOCK = 128, 192
 # A BLAS adds up the rows one by one, in few chains where there are few columns: in float32 2e-5 off at 2048x8 where
-# one entry is near 1 and the others small, 1e-2 at a million rows. So up to FEW columns FEW_ROWS at a time, else ROWS.
-FEW, FEW_ROWS, ROWS = 8, 256, 4096
+# one entry is near 1 and the others small, 1e-2 at a million rows. So up to FEW columns FEW_ROWS at a time, else ROWS,
+# where there are LONG rows and more (below, 4e-6 at most).
+FEW, FEW_ROWS, ROWS, LONG = 8, 256, 4096, 2**15
 
 
 def identity_like(small: Tensor) -> Tensor:
@@ -63,8 +64,8 @@ def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None, *, out: Tensor | None
 
 def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """x^T y of stacks; by blocks of columns where it is x^T x, and wide, of rows where there are very many."""
-    rows = FEW_ROWS if x.shape[-1] <= FEW else ROWS
-    if x.shape[1] >= 2 * rows and x.dtype == torch.float32 and x.device.type == "cpu":
+    rows, long = (FEW_ROWS, 2 * FEW_ROWS) if x.shape[-1] <= FEW else (ROWS, LONG)
+    if x.shape[1] >= long and x.dtype == torch.float32 and x.device.type == "cpu":
         return _by_rows(x, y, rows, out)
     if x is not y or x.shape[-1] < 2 * BLOCK or not _may_write(x):
         return torch.bmm(x.mT, y, out=out)
@@ -75,8 +76,11 @@ def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _by_rows(x: Tensor, y: Tensor, rows: int, out: Tensor | None) -> Tensor:
-    """x^T y, a sum of products of so many rows each, and of those left over."""
-    count = x.shape[1] // rows
+    """x^T y, a sum of products of about so many rows each, and of those left over."""
+    least = x.shape[1] // rows
+    # Pieces of a batch that leave nothing over are a batch, too; else torch copies them.
+    count = next((k for k in range(least, 2 * least) if x.shape[1] % k == 0), least)
+    rows = x.shape[1] // count
     first, second = (t[:, : count * rows].unflatten(1, (count, rows)) for t in (x, y))
     c = torch.matmul(first.mT, second).sum(1)
     if count * rows < x.shape[1]:
