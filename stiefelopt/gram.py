@@ -24,8 +24,8 @@ Reduce = Callable[[Tensor], Tensor]
 BLOCK, LONE_BLOCK = 128, 192
 # A BLAS adds up the rows one by one, in few chains where there are few columns: in float32 2e-5 off at 2048x8 where
 # one entry is near 1 and the others small, 1e-2 at a million rows. So up to FEW columns FEW_ROWS at a time, else ROWS,
-# where there are LONG rows and more (below, 4e-6 at most).
-FEW, FEW_ROWS, ROWS, LONG = 8, 256, 4096, 2**15
+# where there are LONG rows and more (below, 4e-6 at most); and up to MANY columns, so that the pieces need no memory.
+FEW, FEW_ROWS, ROWS, LONG, MANY = 8, 256, 4096, 2**15, 64
 
 
 def identity_like(small: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def gram(xs: Tall, ys: Tall, reduce: Reduce | None = None, *, out: Tensor | None
 def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """x^T y of stacks; by blocks of columns where it is x^T x, and wide, of rows where there are very many."""
     rows, long = (FEW_ROWS, 2 * FEW_ROWS) if x.shape[-1] <= FEW else (ROWS, LONG)
-    if x.shape[1] >= long and x.dtype == torch.float32 and x.device.type == "cpu":
+    if x.shape[1] >= long and x.shape[-1] <= MANY and x.dtype == torch.float32 and x.device.type == "cpu":
         return _by_rows(x, y, rows, out)
     if x is not y or x.shape[-1] < 2 * BLOCK or not _may_write(x):
         return torch.bmm(x.mT, y, out=out)
