@@ -158,11 +158,15 @@ class Bucket:
 
     def _out_of_reach(self) -> list[Slot]:
         """The slots of points that moved to NaN, or so far that their Grams overflow."""
-        return self._slots((~(self._sums(self.work, largest_entries) <= self._reach)).int())
+        return self._slots((~self._within_reach()).int())
+
+    def _within_reach(self) -> Tensor:
+        """Mask (B,) of the moved points that are finite, and not so large that their Grams overflow."""
+        return self._sums(self.work, largest_entries) <= self._reach
 
     def _reset_unfit(self) -> None:
         """Where the host does not look: let points that moved to NaN, or too far, not have moved."""
-        self._fine = self._fine & (self._sums(self.work, largest_entries) <= self._reach)
+        self._fine = self._fine & self._within_reach()
         for stack, fine in self._by_stack(self._fine):
             torch.where(fine, stack.work, stack.xs, out=stack.work)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..draws import normal
 from ..errors import ConfigError, NotOnManifoldError, ShapeError
 from ..full_precision import full_precision
 from ..gram import Reduce, Tall
@@ -198,9 +199,8 @@ class Geoopt(Manifold):
     @full_precision
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A tangent vector of unit norm."""
-        source = x.device if generator is None else generator.device
         z = _lifted(x)
-        u = torch.randn(z.shape, dtype=z.dtype, device=source, generator=generator).to(x.device)
+        u = normal(z.shape, z.dtype, z.device, generator).to(z.device)
         manifold = self._at(x)
         u = self._call("proju", z, self._call("proju", z, u))
         norms = self.norm(z, u).reshape(*_batch(manifold, x), *[1] * manifold.ndim)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import is_distributed
-from ..draws import check_generator
+from ..draws import check_generator, normal
 from ..errors import ConfigError, StepError
 from .adapt import adapted_layers
 from .riemann_lora import RiemannLoRALinear, check_scale
@@ -223,9 +223,7 @@ class _Probe:
 
 
 def _normal(like: Tensor, columns: int, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    z = torch.randn(len(like), columns, generator=generator, device=device, dtype=like.dtype)
-    return z.to(like.device)
+    return normal((len(like), columns), like.dtype, like.device, generator).to(like)
 
 
 def _orthonormal(z: Tensor) -> Tensor:

@@ -159,10 +159,9 @@ class Frames(Manifold):
         """A tangent vector of unit norm in the metric; zero where the manifold is a single point."""
         self._check_shape(check_matrix("x", x).shape)
         z = normal(x.shape, x.dtype, x.device, generator).to(x.device)
+        # As on St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding.
         if self._dim(*x.shape[-2:]) == 0:
-            return torch.zeros_like(
-                x
-            )  # as on St(1, 1) = {-1, 1}: every tangent vector is zero, but for rounding
+            return torch.zeros_like(x)
         point = x.to(z.dtype)
         u = self._unit(point, self.project_tangent(point, z))
         # Where few dimensions are tangent, dividing blew the first projection's rounding up; the second removes it.
